@@ -1,0 +1,284 @@
+"""Domain errors. Each carries a stable `code`, a sentence that says how to fix it, and the field at fault.
+
+HTTP statuses live in `api.errors`, which maps the families below."""
+
+from typing import Any, ClassVar
+
+
+class DepotError(Exception):
+    """Something went wrong in the depot."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str | None = None, *, param: str | None = None, **details: Any) -> None:
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.param = param
+        self.details = details
+        super().__init__(self.message)
+
+
+# ── families: api.errors gives each one HTTP status ──────────────────────────────────────────────
+
+
+class NotFound(DepotError):
+    """There is no such thing here."""
+
+    code = "not_found"
+
+
+class Conflict(DepotError):
+    """The state of the thing does not allow this."""
+
+    code = "conflict"
+
+
+class Invalid(DepotError):
+    """The request is well formed but cannot be carried out as written."""
+
+    code = "invalid"
+
+
+class TooLarge(DepotError):
+    """The upload is larger than this service accepts."""
+
+    code = "too_large"
+
+
+class LimitReached(DepotError):
+    """A limit of this tenant is reached; try again later."""
+
+    code = "limit_reached"
+
+
+class Unauthenticated(DepotError):
+    """Send an API key as `Authorization: Bearer <key>`."""
+
+    code = "missing_credentials"
+
+
+class Unavailable(DepotError):
+    """A part of the service does not answer; try again in a moment."""
+
+    code = "unavailable"
+
+
+# ── authentication ───────────────────────────────────────────────────────────────────────────────
+
+
+class InvalidApiKey(Unauthenticated):
+    """This API key is not valid here. Check for missing characters, or ask the operator for a new key."""
+
+    code = "invalid_api_key"
+
+
+class KeyRevoked(Unauthenticated):
+    """This API key was revoked. Ask the operator for a new one."""
+
+    code = "key_revoked"
+
+
+# ── absent things; another tenant's id answers exactly like an id that does not exist ────────────
+
+
+class FileNotFound(NotFound):
+    """There is no file with this id. List yours with `GET /v1/files`."""
+
+    code = "file_not_found"
+
+
+class JobNotFound(NotFound):
+    """There is no fine-tuning job with this id. List yours with `GET /v1/fine_tuning/jobs`."""
+
+    code = "job_not_found"
+
+
+class AdapterNotFound(NotFound):
+    """There is no adapter with this name. List yours with `GET /v1/adapters`."""
+
+    code = "adapter_not_found"
+
+
+class VersionNotFound(NotFound):
+    """The adapter has no such version or alias. List them with `GET /v1/adapters/{name}/versions`."""
+
+    code = "version_not_found"
+
+
+class AliasNotFound(NotFound):
+    """The adapter has no such alias."""
+
+    code = "alias_not_found"
+
+
+class MergeNotFound(NotFound):
+    """There is no merge with this id."""
+
+    code = "merge_not_found"
+
+
+class ArtifactNotFound(NotFound):
+    """There is no file with this name in it. The `files` field of the parent lists what there is."""
+
+    code = "artifact_not_found"
+
+
+class BaseModelNotFound(NotFound):
+    """There is no base model with this name. List them with `GET /v1/base-models`."""
+
+    code = "base_model_not_found"
+
+
+# ── invalid input ────────────────────────────────────────────────────────────────────────────────
+
+
+class UnknownBaseModel(Invalid):
+    """No base model has this name. Register one with `lora-depot base add NAME --from PATH`."""
+
+    code = "unknown_base_model"
+
+
+class UnknownTrainingFile(Invalid):
+    """No file with this id and purpose `fine-tune` exists. Upload it with `POST /v1/files` first."""
+
+    code = "unknown_file"
+
+
+class UnknownTargetModules(Invalid):
+    """Some target modules do not exist in the base model."""
+
+    code = "unknown_target_modules"
+
+
+class InvalidHyperparameter(Invalid):
+    """A hyper-parameter is out of range."""
+
+    code = "invalid_hyperparameter"
+
+
+class InvalidTrainingFile(Invalid):
+    """The training file has lines that cannot be trained on."""
+
+    code = "invalid_training_file"
+
+
+class InvalidBaseModel(Invalid):
+    """These files are not a base model this service can train."""
+
+    code = "invalid_base_model"
+
+
+class InvalidName(Invalid):
+    """Names are 1–128 characters of a–z, 0–9, dot, dash and underscore, starting with a letter or digit."""
+
+    code = "invalid_name"
+
+
+class AliasReserved(Invalid):
+    """This alias is reserved: `latest`, all digits, and `v` followed by digits name versions."""
+
+    code = "alias_reserved"
+
+
+class InvalidCursor(Invalid):
+    """The `after` value does not belong to this list. Start again without it."""
+
+    code = "invalid_cursor"
+
+
+class InvalidIdempotencyKey(Invalid):
+    """`Idempotency-Key` must be 1–255 visible ASCII characters."""
+
+    code = "invalid_idempotency_key"
+
+
+class IdempotencyKeyReused(Invalid):
+    """This `Idempotency-Key` was used with another request body. Use a new key for a new request."""
+
+    code = "idempotency_key_reused"
+
+
+class AdapterNameMissing(Invalid):
+    """Name the adapter this job publishes to: `lora.adapter`, or `suffix`."""
+
+    code = "adapter_name_missing"
+
+
+class BaseModelMismatch(Invalid):
+    """This adapter was trained on another base model; all versions of one adapter share their base."""
+
+    code = "base_model_mismatch"
+
+
+# ── state conflicts ──────────────────────────────────────────────────────────────────────────────
+
+
+class JobTerminal(Conflict):
+    """The job has already ended."""
+
+    code = "job_terminal"
+
+
+class NameTaken(Conflict):
+    """This name is already in use."""
+
+    code = "name_taken"
+
+
+class VersionInUse(Conflict):
+    """The version is in use. Move its aliases and wait for running jobs, then delete it."""
+
+    code = "version_in_use"
+
+
+class FileInUse(Conflict):
+    """A job that has not ended still needs this file."""
+
+    code = "file_in_use"
+
+
+class MergeNotReady(Conflict):
+    """The merge has not finished yet. Poll `GET /v1/merges/{id}` until its status is `succeeded`."""
+
+    code = "merge_not_ready"
+
+
+# ── limits ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class QuotaExceeded(LimitReached):
+    """Too many jobs are queued for this tenant; wait for some to end."""
+
+    code = "quota_exceeded"
+
+
+class FileTooLarge(TooLarge):
+    """The file is larger than this service accepts."""
+
+    code = "file_too_large"
+
+
+# ── the worker's own ─────────────────────────────────────────────────────────────────────────────
+
+
+class FenceLost(DepotError):
+    """Another worker owns this job now; whatever this one does is ignored."""
+
+    code = "fence_lost"
+
+
+class CancelRequested(DepotError):
+    """The job is being cancelled; nothing of it may be published."""
+
+    code = "cancel_requested"
+
+
+class ArtifactCorrupt(DepotError):
+    """Stored bytes do not match the digest that Postgres holds for them; they are never served."""
+
+    code = "artifact_corrupt"
+
+
+class StorageUnavailable(Unavailable):
+    """The object store does not answer."""
+
+    code = "storage_unavailable"
