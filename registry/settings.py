@@ -28,11 +28,10 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = Field(default=None, description="S3 access key")
     s3_secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key")
     secret_key: SecretStr = Field(
-        min_length=32, description="Pepper of API-key hashes, signs download links and cursors. ≥ 32 characters"
+        min_length=32,
+        description="Pepper of API-key hashes, signs download links and cursors. ≥ 32 characters",
     )
-    public_url: str = Field(
-        default="http://127.0.0.1:8321", description="The API's address as clients reach it"
-    )
+    public_url: str = Field(default="http://127.0.0.1:8321", description="The API's address as clients reach it")
     work_dir: Path = Field(default=Path("work"), description="Scratch space of a worker, one folder per attempt")
     cache_dir: Path = Field(default=Path("cache"), description="Verified base models, kept between jobs")
     queues: str = Field(default="default", description="Comma-separated queues this worker serves")

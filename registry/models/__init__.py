@@ -1,0 +1,34 @@
+"""Every table. Alembic imports this and nothing else."""
+
+from registry.db import Base
+from registry.models.adapter import Adapter, Alias, LineageEdge, Version, VersionFile
+from registry.models.base_model import BaseModel, BaseModelFile
+from registry.models.blob import Blob
+from registry.models.file import File
+from registry.models.job import Control, IdempotencyKey, Job, JobEvent, JobTransition, Outbox, fence_seq
+from registry.models.merge import Merge, MergeFile
+from registry.models.tenant import ApiKey, Tenant
+
+__all__ = [
+    "Adapter",
+    "Alias",
+    "ApiKey",
+    "Base",
+    "BaseModel",
+    "BaseModelFile",
+    "Blob",
+    "Control",
+    "File",
+    "IdempotencyKey",
+    "Job",
+    "JobEvent",
+    "JobTransition",
+    "LineageEdge",
+    "Merge",
+    "MergeFile",
+    "Outbox",
+    "Tenant",
+    "Version",
+    "VersionFile",
+    "fence_seq",
+]

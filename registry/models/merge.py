@@ -1,0 +1,51 @@
+"""Merged checkpoints W0 + BA, made by merge jobs and kept as files."""
+
+import uuid
+from typing import Any
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from registry.db import Base
+from registry.models.adapter import Version
+from registry.models.blob import Blob
+from registry.models.columns import SHA256, Created, Id
+from registry.models.job import Job
+
+
+class Merge(Base):
+    """The same request on the same version is the same merge, unless the earlier one failed or was cancelled."""
+
+    __tablename__ = "merges"
+    __table_args__ = (
+        CheckConstraint("dtype IN ('base', 'float32', 'bfloat16', 'float16')", name="dtype_known"),
+        CheckConstraint(f"digest IS NULL OR digest {SHA256}", name="digest_is_hex"),
+        Index("uq_merges_live", "version_id", "dtype", unique=True, postgresql_where=text("live")),
+    )
+
+    id: Mapped[Id]
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("versions.id"))
+    dtype: Mapped[str] = mapped_column(comment="`base` keeps the base model's dtype")
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    live: Mapped[bool] = mapped_column(
+        server_default=text("true"), comment="false once its job failed or was cancelled"
+    )
+    digest: Mapped[str | None]
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSONB, comment="what changed and what rounding lost")
+    created_at: Mapped[Created]
+
+    version: Mapped[Version] = relationship(lazy="joined", innerjoin=True)
+    job: Mapped[Job] = relationship(lazy="joined", innerjoin=True)
+    files: Mapped[list["MergeFile"]] = relationship(lazy="raise", order_by="MergeFile.path")
+
+
+class MergeFile(Base):
+    __tablename__ = "merge_files"
+
+    merge_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("merges.id"), primary_key=True)
+    path: Mapped[str] = mapped_column(primary_key=True)
+    blob_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("blobs.id"), index=True)
+
+    blob: Mapped[Blob] = relationship(lazy="joined", innerjoin=True)
