@@ -282,3 +282,30 @@ class StorageUnavailable(Unavailable):
     """The object store does not answer."""
 
     code = "storage_unavailable"
+
+
+# ── stored objects and the links to them ─────────────────────────────────────────────────────────
+
+
+class ObjectMissing(DepotError):
+    """An object that Postgres names is not in the store; its bytes were removed behind the service's back."""
+
+    code = "object_missing"
+
+
+class LinkInvalid(Unauthenticated):
+    """This download link is not one that this service made. Copy it again, all of it."""
+
+    code = "link_invalid"
+
+
+class LinkExpired(Unauthenticated):
+    """This download link has expired. Ask for the file again to get a new one."""
+
+    code = "link_expired"
+
+
+class BlobGone(Unavailable):
+    """The uploaded bytes were cleaned up before anything referred to them. Upload them again."""
+
+    code = "blob_gone"

@@ -1,0 +1,46 @@
+"""Where things came from: edges from a child to what it was made from."""
+
+import uuid
+from typing import Literal
+
+from sqlalchemy import select, union_all
+from sqlalchemy.orm import Session
+
+from registry.models import LineageEdge, Merge, Version
+
+Kind = Literal["version", "merge", "file", "base_model"]
+Relation = Literal["trained_on", "validated_on", "based_on", "merged_from"]
+Node = tuple[Kind, uuid.UUID]
+
+
+def record(session: Session, *, child: Node, relation: Relation, parent: Node, digest: str | None) -> LineageEdge:
+    """Remembers that `child` was made from `parent`, whose bytes had this SHA-256 at the time."""
+    edge = LineageEdge(
+        child_kind=child[0],
+        child_id=child[1],
+        relation=relation,
+        parent_kind=parent[0],
+        parent_id=parent[1],
+        parent_digest=digest,
+    )
+    session.add(edge)
+    session.flush()
+    return edge
+
+
+def parents_of(session: Session, child: Node) -> list[LineageEdge]:
+    """What `child` was made from. The caller has already shown that the child is its own."""
+    edges = select(LineageEdge).where(LineageEdge.child_kind == child[0], LineageEdge.child_id == child[1])
+    return list(session.scalars(edges.order_by(LineageEdge.relation, LineageEdge.parent_id)))
+
+
+def children_of(session: Session, parent: Node, *, tenant_id: uuid.UUID) -> list[LineageEdge]:
+    """What this tenant made from `parent`. A base model has children of every tenant; only this one's are listed."""
+    own = union_all(
+        select(Version.id).where(Version.tenant_id == tenant_id),
+        select(Merge.id).where(Merge.tenant_id == tenant_id),
+    )
+    edges = select(LineageEdge).where(
+        LineageEdge.parent_kind == parent[0], LineageEdge.parent_id == parent[1], LineageEdge.child_id.in_(own)
+    )
+    return list(session.scalars(edges.order_by(LineageEdge.created_at, LineageEdge.child_id)))
