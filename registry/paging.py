@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 from registry.errors import InvalidCursor
 from registry.models import File, Job
 
-
 T = TypeVar("T")
 D = TypeVar("D", File, Job)  # what is listed by age
 
