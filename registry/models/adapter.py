@@ -88,7 +88,7 @@ class Alias(Base):
 
 
 class LineageEdge(Base):
-    """`child` was made from `parent`. Kinds and ids instead of foreign keys: a parent may be deleted, the fact stays."""
+    """`child` was made from `parent`. No foreign keys: a parent may be deleted, the fact stays."""
 
     __tablename__ = "lineage"
     __table_args__ = (

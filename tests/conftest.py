@@ -1,0 +1,88 @@
+"""Real parts for every test: Postgres built by the migrations, Valkey, and a directory of objects."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
+
+from cli.embedded.postgres import start_postgres
+from cli.embedded.valkey import start_valkey
+from registry.db import SessionFactory, make_engine, make_sessions
+from registry.models import Base
+from registry.storage.base import ObjectStore
+from registry.storage.local import LocalStore
+
+ROOT = Path(__file__).parent.parent
+SECRET = secrets.token_bytes(32)
+# What a fresh database holds from the migrations and tests must not empty.
+SEEDED = {"job_transitions", "control"}
+
+
+def alembic_config(url: str) -> Config:
+    config = Config(ROOT / "alembic.ini")
+    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    return config
+
+
+@pytest.fixture(scope="session")
+def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A private Postgres at the newest migration, for the whole test run."""
+    home = tmp_path_factory.mktemp("pg")
+    settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+    server = start_postgres(home / "data", home / "run", home / "postgres.log", settings=settings)
+    try:
+        command.upgrade(alembic_config(server.url), "head")
+        yield server.url
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = make_engine(database_url, pool_size=20)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def session(engine: Engine) -> Iterator[Session]:
+    """A session whose work is rolled back: code under test may flush and even commit its savepoint."""
+    with engine.connect() as connection:
+        outer = connection.begin()
+        with Session(connection, join_transaction_mode="create_savepoint", expire_on_commit=False) as session:
+            yield session
+        outer.rollback()
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> Iterator[SessionFactory]:
+    """Real commits, for races and for processes that look at the same database; emptied after the test."""
+    yield make_sessions(engine)
+    empty_database(engine)
+
+
+def empty_database(engine: Engine) -> None:
+    tables = ", ".join(name for name in Base.metadata.tables if name not in SEEDED)
+    with engine.begin() as connection:
+        connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
+        connection.execute(text("UPDATE control SET reaper_tick = NULL, hold_until = NULL"))
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("valkey")
+    server = start_valkey(home / "data", home / "run", home / "valkey.log")
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return LocalStore(tmp_path / "objects", secret=SECRET, public_url="http://127.0.0.1:8321")

@@ -1,0 +1,53 @@
+"""The schema exists only through Alembic: it goes up, down and up again, and the models agree with it."""
+
+from collections.abc import Iterator
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Engine, create_engine, inspect, text
+
+from registry.models import Base
+from tests.conftest import alembic_config
+
+
+@pytest.fixture
+def empty_url(database_url: str, engine: Engine) -> Iterator[str]:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("CREATE DATABASE migrated"))
+    yield database_url.replace("/depot?", "/migrated?")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("DROP DATABASE migrated WITH (FORCE)"))
+
+
+def test_up_down_up_ends_where_it_began(empty_url: str) -> None:
+    config = alembic_config(empty_url)
+    command.upgrade(config, "head")
+    command.downgrade(config, "base")
+    engine = create_engine(empty_url)
+    assert set(inspect(engine).get_table_names()) == {"alembic_version"}
+    assert inspect(engine).get_sequence_names() == []
+    with engine.connect() as connection:
+        ours = "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        assert connection.execute(text(ours)).all() == []
+    command.upgrade(config, "head")
+    assert set(inspect(engine).get_table_names()) == {"alembic_version", *Base.metadata.tables}
+    engine.dispose()
+
+
+def test_models_and_migrations_agree(engine: Engine) -> None:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_every_constraint_is_named_by_the_convention(engine: Engine) -> None:
+    prefixes = {"c": "ck_", "f": "fk_", "p": "pk_", "u": "uq_"}
+    query = """SELECT conname, contype::text FROM pg_constraint
+               WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'f', 'p', 'u')"""
+    with engine.connect() as connection:
+        names = connection.execute(text(query)).all()
+    assert names
+    strays = [n for n, kind in names if not n.startswith(prefixes[kind]) and not n.startswith("alembic_version")]
+    assert strays == []
