@@ -105,7 +105,7 @@ class VersionNotFound(NotFound):
 
 
 class AliasNotFound(NotFound):
-    """The adapter has no such alias."""
+    """The adapter has no such alias. Its `aliases` field lists what there is: `GET /v1/adapters/{name}`."""
 
     code = "alias_not_found"
 
@@ -114,6 +114,12 @@ class MergeNotFound(NotFound):
     """There is no merge with this id."""
 
     code = "merge_not_found"
+
+
+class KeyNotFound(NotFound):
+    """There is no API key with this id. The id is the 12 characters after `ld_`."""
+
+    code = "key_not_found"
 
 
 class ArtifactNotFound(NotFound):
@@ -173,8 +179,26 @@ class InvalidName(Invalid):
     code = "invalid_name"
 
 
+class InvalidAliasName(InvalidName):
+    """Aliases are 1–64 characters of a–z, 0–9, dot, dash and underscore, starting with a letter."""
+
+    code = "invalid_alias_name"
+
+
+class InvalidBaseModelName(InvalidName):
+    """Base models are named `NAME` or `ORG/NAME`: each part 1–96 letters, digits, dots, dashes or underscores."""
+
+    code = "invalid_base_model_name"
+
+
+class InvalidFilename(Invalid):
+    """File names are 1–255 characters without slashes or control characters."""
+
+    code = "invalid_filename"
+
+
 class AliasReserved(Invalid):
-    """This alias is reserved: `latest`, all digits, and `v` followed by digits name versions."""
+    """This alias is reserved: `latest`, all digits, and `v` followed by digits name versions. Choose another."""
 
     code = "alias_reserved"
 
@@ -204,7 +228,7 @@ class AdapterNameMissing(Invalid):
 
 
 class BaseModelMismatch(Invalid):
-    """This adapter was trained on another base model; all versions of one adapter share their base."""
+    """This adapter was trained on another base model, and all its versions share it. Choose another adapter name."""
 
     code = "base_model_mismatch"
 
@@ -219,7 +243,7 @@ class JobTerminal(Conflict):
 
 
 class NameTaken(Conflict):
-    """This name is already in use."""
+    """This name is already in use. Choose another."""
 
     code = "name_taken"
 
@@ -231,7 +255,7 @@ class VersionInUse(Conflict):
 
 
 class FileInUse(Conflict):
-    """A job that has not ended still needs this file."""
+    """A job that has not ended still needs this file. Cancel the job or wait for it, then delete the file."""
 
     code = "file_in_use"
 
