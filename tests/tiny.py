@@ -23,7 +23,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "granite", "
 
 
 def make_tokenizer(directory: Path, *, vocab: int = 320, chat_template: str | None = CHAT_TEMPLATE) -> Any:
-    """A byte-level BPE trained on `TEXT` (any text round-trips), saved to `directory`; ids 0, 1, 2 are bos, eos, pad."""
+    """A byte-level BPE trained on `TEXT`, saved to `directory`; any text round-trips; ids 0, 1, 2: bos, eos, pad."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,9 +37,7 @@ def make_tokenizer(directory: Path, *, vocab: int = 320, chat_template: str | No
         show_progress=False,
     )
     core.train_from_iterator([TEXT], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
     return tokenizer
@@ -95,9 +93,7 @@ def make_rows(n: int, kind: str = "chat") -> list[dict[str, Any]]:
     pairs = [(f"What is {i} plus {i % 7}?", f"{i} plus {i % 7} equals {i + i % 7}.") for i in range(n)]
     if kind == "prompt":
         return [{"prompt": question, "completion": " " + answer} for question, answer in pairs]
-    return [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs
-    ]
+    return [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -113,8 +109,6 @@ def randomize_adapter(directory: Path, *, seed: int = 0, scale: float = 0.05) ->
 
     generator = torch.Generator().manual_seed(seed)
     path = directory / "adapter_model.safetensors"
-    tensors = {
-        k: torch.randn(v.shape, generator=generator) * scale for k, v in sorted(load_file(path).items())
-    }
+    tensors = {k: torch.randn(v.shape, generator=generator) * scale for k, v in sorted(load_file(path).items())}
     save_file(tensors, path, metadata={"format": "pt"})
     return directory
