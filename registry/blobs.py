@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from registry.db import SessionFactory, transaction
 from registry.errors import BlobGone
 from registry.models import Blob
-from registry.storage import ObjectStore
+from registry.storage.base import ObjectStore
 from registry.storage.keys import blob_key
 
 

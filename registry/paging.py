@@ -36,13 +36,15 @@ def page_by_age(
     after: uuid.UUID | None,
     limit: int,
     order: Literal["asc", "desc"] = "desc",
+    anchors: Select[D] | None = None,
 ) -> Page[D]:
     """Rows of `query` by (created_at, id), newest first unless told; starts behind the row `after`.
 
-    `query` already holds the tenant filter, so a row outside the caller's list is InvalidCursor."""
+    `query` already holds the tenant filter, so a row outside the caller's list is InvalidCursor. `anchors` also
+    holds rows that are no longer listed: who deletes a page row by row goes on behind its last row."""
     place = tuple_(model.created_at, model.id)
     if after is not None:
-        anchor = session.scalar(query.where(model.id == after))
+        anchor = session.scalar((query if anchors is None else anchors).where(model.id == after))
         if anchor is None:
             raise InvalidCursor(param="after")
         bound = tuple_(anchor.created_at, anchor.id)

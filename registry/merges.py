@@ -1,0 +1,52 @@
+"""Merged checkpoints: asked for once per version and dtype, made by a merge job, kept as files."""
+
+import uuid
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session, selectinload
+
+from registry.adapters import lock_version
+from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady
+from registry.jobs.states import TERMINAL
+from registry.jobs.submit import submit_merge
+from registry.models import Merge, MergeFile, Version
+
+Dtype = Literal["base", "float32", "bfloat16", "float16"]
+
+
+def request_merge(session: Session, *, version: Version, dtype: Dtype) -> tuple[Merge, bool]:
+    """The merge of a version in this dtype, and whether this call made it.
+
+    A merge that failed or was cancelled does not count: asking again starts another."""
+    lock_version(session, version)  # of two requests at once the second waits here and then finds the first's
+    query = select(Merge).where(Merge.version_id == version.id, Merge.dtype == dtype, Merge.live)
+    merge = session.scalar(query.options(selectinload(Merge.files)))
+    if merge is not None:
+        return merge, False
+    job = submit_merge(session, version=version, dtype=dtype)
+    merge = Merge(tenant_id=version.tenant_id, version_id=version.id, dtype=dtype, job_id=job.id, files=[])
+    session.add(merge)
+    session.flush()
+    return merge, True
+
+
+def get_merge(session: Session, *, tenant_id: uuid.UUID, merge_id: uuid.UUID) -> Merge:
+    """This tenant's merge with its files; MergeNotFound, also when its version was deleted."""
+    query = select(Merge).join(Version, Merge.version_id == Version.id).where(Merge.tenant_id == tenant_id)
+    query = query.where(Merge.id == merge_id, Version.deleted_at.is_(None))
+    merge = session.scalar(query.options(selectinload(Merge.files)))
+    if merge is None:
+        raise MergeNotFound
+    return merge
+
+
+def get_merge_file(session: Session, merge: Merge, path: str) -> MergeFile:
+    """One file of a merge; MergeNotReady until it has ended, ArtifactNotFound."""
+    if merge.job.state not in TERMINAL:
+        raise MergeNotReady
+    files = session.scalars(select(MergeFile).where(MergeFile.merge_id == merge.id))
+    file = next((file for file in files if file.path == path), None)  # `path` may be what Postgres cannot store
+    if file is None:
+        raise ArtifactNotFound
+    return file
