@@ -56,9 +56,11 @@ def find_account(program: Path, directory: Path) -> Account:
 
 
 def _works(account: Account, program: Path, directory: Path) -> bool:
-    test = [*account.prefix, "test", "-x", str(program), "-a", "-w", str(directory)]
+    # Really run and really write: `test -x` and `test -w` know nothing of capabilities.
+    attempt = '"$1" --version && probe=$(mktemp "$2/.probe-XXXXXX") && rm "$probe"'
+    argv = [*account.prefix, "sh", "-c", attempt, "sh", str(program), str(directory)]
     try:
-        return subprocess.run(test, capture_output=True, check=False).returncode == 0
+        return subprocess.run(argv, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         return False
 

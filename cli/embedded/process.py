@@ -1,5 +1,6 @@
 """One child process: how to start it, when it counts as ready, how to stop it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,7 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+# The folder that holds `cli`, `api`, `worker` and `alembic.ini`.
+ROOT = Path(__file__).resolve().parents[2]
+REPORT_THEN_EXEC = 'echo "+$$ $1" >&0; shift; exec "$@" </dev/null'
 LOG_TAIL_LINES = 12
 LOG_KEEP_BYTES = 16 * 2**20
 
@@ -46,18 +51,29 @@ class Server:
         stop(self.spec, self.process)
 
 
-def spawn(spec: ChildSpec) -> subprocess.Popen[bytes]:
-    """Starts `spec` in a session of its own, so that Ctrl-C reaches the supervisor alone."""
-    with os.fdopen(os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+def spawn(spec: ChildSpec, *, guardian: int | None = None, capture: bool = False) -> subprocess.Popen[bytes]:
+    """Starts `spec` in a session of its own, so that Ctrl-C reaches the supervisor alone.
+
+    `guardian` is the guardian's pipe: the child reports itself there before it becomes the program, so that
+    there is no moment at which it could be forgotten. `capture` gives stdout to the caller, not to the log."""
+    argv = list(spec.argv)
+    if guardian is not None:
+        argv = ["sh", "-c", REPORT_THEN_EXEC, "sh", str(int(spec.stop_signal)), *argv]
+    with open_log(spec.log) as log:
         return subprocess.Popen(
-            list(spec.argv),
+            argv,
             env=dict(spec.env),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            cwd=ROOT,  # `python -m` looks in the working directory first: it must not be a stranger's
+            stdin=subprocess.DEVNULL if guardian is None else guardian,
+            stdout=subprocess.PIPE if capture else log,
+            stderr=log,
             start_new_session=True,
             umask=0o077,
         )
+
+
+def open_log(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
 
 
 def start(spec: ChildSpec, *, url: str) -> Server:
@@ -94,11 +110,25 @@ def stop(spec: ChildSpec, process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_group(pid: int) -> None:
-    """SIGKILL to the session that `spawn` gave the child; no error when it is gone already."""
-    try:
+    """SIGKILL to the session that `spawn` gave the child; no error when nothing of it is left."""
+    # macOS answers EPERM for a group of zombies.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether `pid` runs. A zombie does not: in a container nobody may ever reap it."""
+    try:
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return
+        return False
+    except PermissionError:
+        return True
+    try:
+        # The name in parentheses may itself hold spaces and parentheses; the state follows the last one.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return not Path("/proc/self").exists()
 
 
 def ending(returncode: int) -> str:

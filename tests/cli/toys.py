@@ -1,0 +1,77 @@
+"""Stand-ins for api and worker, so that the supervisor is tested with a real Postgres and Valkey and nothing else.
+
+`python -m tests.cli.toys up HOME [PORT]` is `lora-depot up` with these commands."""
+
+import os
+import signal
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psycopg
+
+from cli.embedded.stack import Commands
+from cli.up import up
+
+
+def toy_commands(port: int) -> Commands:
+    toy = (sys.executable, "-m", "tests.cli.toys")
+    return Commands(
+        migrate=(*toy, "migrate"),
+        create_key=(*toy, "create_key"),
+        api=(*toy, "api", str(port)),
+        worker=(*toy, "worker"),
+    )
+
+
+def connect() -> psycopg.Connection:
+    return psycopg.connect(os.environ["DEPOT_DATABASE_URL"].replace("+psycopg", ""), autocommit=True)
+
+
+def migrate() -> None:
+    with connect() as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS starts (id serial PRIMARY KEY)")
+        connection.execute("CREATE TABLE IF NOT EXISTS keys (key text PRIMARY KEY)")
+        connection.execute("INSERT INTO starts DEFAULT VALUES")
+
+
+def create_key() -> None:
+    with connect() as connection:
+        key = f"ld_{os.urandom(4).hex()}"
+        connection.execute("INSERT INTO keys VALUES (%s)", [key])
+    sys.stdout.write(f"{key}\n")
+
+
+class Api(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status = 200 if self.path == "/readyz" or self.is_known() else 401
+        self.send_response(status)
+        self.end_headers()
+
+    def is_known(self) -> bool:
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        with connect() as connection:
+            return connection.execute("SELECT 1 FROM keys WHERE key = %s", [key]).fetchone() is not None
+
+
+def api(port: str) -> None:
+    ThreadingHTTPServer(("127.0.0.1", int(port)), Api).serve_forever()
+
+
+def worker() -> None:
+    def drain(number: int, frame: object) -> None:
+        Path(os.environ["DEPOT_WORK_DIR"], "drained").touch()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, drain)
+    while True:
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    verb, *arguments = sys.argv[1:]
+    if verb == "up":
+        port = int(arguments[1]) if len(arguments) > 1 else None
+        sys.exit(up(Path(arguments[0]), port=port, commands=toy_commands))
+    {"migrate": migrate, "create_key": create_key, "api": api, "worker": worker}[verb](*arguments)
