@@ -1,0 +1,131 @@
+"""Who owns a job: claim, heartbeat, release. Needs READ COMMITTED: every statement must see fresh rows."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.orm import Session
+
+from registry.errors import FenceLost
+from registry.jobs.clock import NOW, in_seconds
+from registry.jobs.events import NewEvent, add_events
+from registry.jobs.moves import finish, lock_owned, requeue
+from registry.jobs.states import OWNED, JobState
+from registry.models import Job, Tenant, fence_seq
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The answer to a heartbeat that still owns its job."""
+
+    cancel: bool
+
+
+def claim(session: Session, *, queues: Sequence[str], worker: str, lease_seconds: float) -> Job | None:
+    """Takes the next claimable job of these queues: attempt + 1, a new fence, a lease. None when there is none.
+
+    Must be the first thing in its transaction: it may wait for a tenant's lock, and never waits for one while it
+    holds another."""
+    # Tenants whose lock is free come first; a busy one is waited for only when nobody else has work.
+    for wait in (False, True):
+        passed_over: list[uuid.UUID] = []
+        while tenant_id := _next_tenant(session, queues, passed_over):
+            attempt = session.begin_nested()
+            if _has_room(session, tenant_id, wait=wait):
+                job = _take(session, tenant_id, queues=queues, worker=worker, lease_seconds=lease_seconds)
+                if job is not None:
+                    attempt.commit()
+                    return job
+            attempt.rollback()  # gives the tenant's lock back
+            passed_over.append(tenant_id)
+        if not passed_over:
+            break
+    return None
+
+
+def heartbeat(
+    session: Session,
+    *,
+    job_id: uuid.UUID,
+    fence: int,
+    lease_seconds: float,
+    progress: dict[str, Any] | None,
+    events: Sequence[NewEvent] = (),
+) -> Beat:
+    """Extends the lease and records progress and events; FenceLost when the job has another owner or none.
+
+    A lease that ran out but was not yet collected is extended: the fence, not the time, decides."""
+    values: dict[str, Any] = {"lease_expires_at": in_seconds(lease_seconds), "heartbeat_at": NOW}
+    if progress is not None:
+        values["progress"] = progress
+    owned = (Job.id == job_id, Job.fence == fence, Job.state.in_(OWNED))
+    state = session.scalar(
+        update(Job).where(*owned).values(values).returning(Job.state), execution_options={"synchronize_session": False}
+    )
+    if state is None:
+        raise FenceLost
+    add_events(session, job_id, fence, events)
+    return Beat(cancel=state == JobState.CANCELLING)
+
+
+def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
+    """The owner lets go without fault: back to the queue at once, no penalty; cancelled if that was asked for."""
+    job = lock_owned(session, job_id, fence)
+    if job.state == JobState.CANCELLING:
+        return finish(session, job, JobState.CANCELLED)
+    return requeue(session, job, delay_seconds=0)
+
+
+def _claimable(queues: Sequence[str]) -> ColumnElement[bool]:
+    return (Job.state == JobState.QUEUED) & Job.queue.in_(queues) & (Job.run_after <= NOW)
+
+
+def _next_tenant(session: Session, queues: Sequence[str], passed_over: Sequence[uuid.UUID]) -> uuid.UUID | None:
+    query = select(Job.tenant_id).where(_claimable(queues), Job.tenant_id.not_in(passed_over))
+    return session.scalar(query.order_by(Job.priority, Job.run_after, Job.id).limit(1))
+
+
+def _has_room(session: Session, tenant_id: uuid.UUID, *, wait: bool) -> bool:
+    """Locks the tenant, so that nobody else claims for it, then counts what it runs."""
+    lock = select(Tenant.max_running).where(Tenant.id == tenant_id)
+    max_running = session.scalar(lock.with_for_update(key_share=True, skip_locked=not wait))
+    if max_running is None:
+        return False
+    running = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.state.in_(OWNED))
+    return session.scalars(running).one() < max_running
+
+
+def _take(
+    session: Session, tenant_id: uuid.UUID, *, queues: Sequence[str], worker: str, lease_seconds: float
+) -> Job | None:
+    # SKIP LOCKED: a job that is being cancelled right now is somebody else's business.
+    first = (
+        select(Job.id)
+        .where(_claimable(queues), Job.tenant_id == tenant_id)
+        .order_by(Job.priority, Job.run_after, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    job_id = session.scalar(first)
+    if job_id is None:
+        return None
+    taken = (
+        update(Job)
+        .where(Job.id == job_id)
+        .values(
+            state=JobState.RUNNING,
+            attempt=Job.attempt + 1,
+            fence=fence_seq.next_value(),
+            worker=worker,
+            lease_expires_at=in_seconds(lease_seconds),
+            heartbeat_at=NOW,
+            started_at=func.coalesce(Job.started_at, NOW),
+            error_class=None,
+            error_code=None,
+            error_message=None,
+        )
+        .returning(Job)
+    )
+    return session.scalars(taken, execution_options={"synchronize_session": False, "populate_existing": True}).one()

@@ -1,0 +1,77 @@
+"""What a job is to do: validated once at submit, stored as JSON, never changed."""
+
+import uuid
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_core.config import ALL_LINEAR, MAX_RANK, LoraConfig
+from lora_core.errors import BadConfig
+
+MergeDtype = Literal["base", "float32", "bfloat16", "float16"]
+
+
+class Spec(BaseModel):
+    """Frozen; unknown fields, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LoraSpec(Spec):
+    """PEFT's fields for a plain LoRA. `lora_alpha` absent or null means 2·r, so that scaling is 2."""
+
+    r: int = Field(default=16, ge=1, le=MAX_RANK)
+    lora_alpha: float = Field(default=32.0, gt=0, le=1e9)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = ALL_LINEAR
+    use_rslora: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def alpha_follows_r(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("lora_alpha") is not None:
+            return data
+        r = data.get("r", cls.model_fields["r"].default)
+        return {**data, "lora_alpha": 2 * r if isinstance(r, int) and r > 0 else 1}  # a wrong r is reported as r
+
+    @model_validator(mode="after")
+    def library_accepts_it(self) -> Self:
+        try:
+            self.config()
+        except BadConfig as error:
+            raise ValueError(error.message) from None  # what pydantic collects
+        return self
+
+    def config(self) -> LoraConfig:
+        """The same settings as the library's own type, which also checks the module names."""
+        targets = self.target_modules
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets if targets == ALL_LINEAR else tuple(targets),
+            use_rslora=self.use_rslora,
+        )
+
+
+class TrainSpec(Spec):
+    """One supervised fine-tuning run. `batch_size` counts rows per optimizer step."""
+
+    lora: LoraSpec = LoraSpec()
+    n_epochs: int = Field(default=3, ge=1, le=1000)
+    batch_size: int = Field(default=8, ge=1, le=4096)
+    max_steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
+    max_length: int = Field(default=2048, ge=8, le=131_072)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class MergeSpec(Spec):
+    """Fold one version into its base model and keep the result in `dtype`; `base` keeps the base model's own."""
+
+    version_id: Annotated[uuid.UUID, Field(strict=False)]  # text in the stored JSON
+    dtype: MergeDtype

@@ -1,0 +1,123 @@
+"""Accepting work: the job, its idempotency key, its quota use and its wake-up, in one transaction."""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from lora_core import errors as lora_errors
+from lora_core.config import match_targets
+from registry.adapters import ensure_adapter
+from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile
+from registry.files import pin_file
+from registry.jobs.events import NewEvent, add_events
+from registry.jobs.idempotency import Idempotency, reserve
+from registry.jobs.spec import LoraSpec, MergeDtype, MergeSpec, TrainSpec
+from registry.jobs.states import JobKind, JobState
+from registry.models import BaseModel, File, Job, Outbox, Tenant, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The job a request made; `replayed` when an earlier send of the same request had already made it."""
+
+    job: Job
+    replayed: bool
+
+
+def submit_training(
+    session: Session,
+    *,
+    tenant_id: uuid.UUID,
+    base_model: BaseModel,
+    adapter_name: str,
+    training_file: File,
+    validation_file: File | None,
+    spec: TrainSpec,
+    request: dict[str, Any],
+    idempotency: Idempotency | None,
+) -> Submitted:
+    """Queues a training job that publishes to `adapter_name`; its files cannot be deleted until it ends.
+
+    Raises UnknownTargetModules, InvalidHyperparameter, UnknownTrainingFile, QuotaExceeded, IdempotencyKeyReused,
+    and what ensure_adapter raises."""
+    job_id = uuid.uuid4()
+    if idempotency is not None:
+        reserved = reserve(session, idempotency, tenant_id=tenant_id, job_id=job_id)
+        if reserved != job_id:
+            earlier = session.scalars(select(Job).where(Job.id == reserved, Job.tenant_id == tenant_id)).one()
+            return Submitted(earlier, replayed=True)
+    check_lora(spec.lora, base_model)
+    _lock_quota(session, tenant_id)
+    _pin(session, tenant_id, training_file, "training_file")
+    if validation_file is not None:
+        _pin(session, tenant_id, validation_file, "validation_file")
+    adapter = ensure_adapter(session, tenant_id=tenant_id, name=adapter_name, base_model=base_model)
+    job = Job(
+        id=job_id,
+        tenant_id=tenant_id,
+        kind=JobKind.TRAIN,
+        spec=spec.model_dump(mode="json"),
+        request=request,
+        adapter_id=adapter.id,
+        base_model_id=base_model.id,
+        training_file_id=training_file.id,
+        validation_file_id=validation_file.id if validation_file else None,
+    )
+    return Submitted(_enqueue(session, job), replayed=False)
+
+
+def submit_merge(session: Session, *, version: Version, dtype: MergeDtype) -> Job:
+    """Queues the job of a merge. The caller inserts the merge row, which decides whether one is needed."""
+    _lock_quota(session, version.tenant_id)
+    job = Job(
+        id=uuid.uuid4(),
+        tenant_id=version.tenant_id,
+        kind=JobKind.MERGE,
+        spec=MergeSpec(version_id=version.id, dtype=dtype).model_dump(mode="json"),
+        request={},
+        adapter_id=version.adapter_id,
+        base_model_id=version.adapter.base_model_id,
+    )
+    return _enqueue(session, job)
+
+
+def check_lora(lora: LoraSpec, base_model: BaseModel) -> None:
+    """UnknownTargetModules naming what exists, or InvalidHyperparameter when r is larger than a module allows."""
+    modules: dict[str, list[int]] = base_model.facts["linear_modules"]
+    try:
+        targets = match_targets(lora.config(), modules)
+    except lora_errors.UnknownTargetModules as error:
+        raise UnknownTargetModules(error.message, param="lora.target_modules", **error.details) from None
+    largest_r = min(min(modules[target]) for target in targets)
+    if lora.r > largest_r:
+        raise InvalidHyperparameter(
+            f"r = {lora.r} is larger than the smallest adapted dimension, {largest_r}.", param="lora.r", limit=largest_r
+        )
+
+
+def _lock_quota(session: Session, tenant_id: uuid.UUID) -> None:
+    """Serialises this tenant's submits, so that counting and inserting are one step."""
+    lock = select(Tenant.max_queued).where(Tenant.id == tenant_id).with_for_update(key_share=True)
+    limit = session.scalars(lock).one()
+    queued = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.state == JobState.QUEUED)
+    used = session.scalars(queued).one()
+    if used >= limit:
+        raise QuotaExceeded(limit=limit, used=used)
+
+
+def _pin(session: Session, tenant_id: uuid.UUID, file: File, param: str) -> None:
+    if pin_file(session, tenant_id=tenant_id, file_id=file.id, purpose="fine-tune") is None:
+        raise UnknownTrainingFile(param=param)
+
+
+def _enqueue(session: Session, job: Job) -> Job:
+    session.add(job)
+    session.flush()
+    queued = NewEvent("state", "info", "The job is queued.", {"from": None, "to": JobState.QUEUED, "attempt": 0})
+    add_events(session, job.id, None, [queued])
+    session.add(Outbox(queue=job.queue, job_id=job.id))
+    session.flush()
+    return job
