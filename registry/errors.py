@@ -149,6 +149,12 @@ class UnknownTrainingFile(Invalid):
     code = "unknown_file"
 
 
+class UnknownBaseFile(Invalid):
+    """No file with this id and purpose `base-model` exists. Upload it with `POST /v1/files` first."""
+
+    code = "unknown_file"
+
+
 class UnknownTargetModules(Invalid):
     """Some target modules do not exist in the base model."""
 
@@ -189,6 +195,12 @@ class InvalidBaseModelName(InvalidName):
     """Base models are named `NAME` or `ORG/NAME`: each part 1–96 letters, digits, dots, dashes or underscores."""
 
     code = "invalid_base_model_name"
+
+
+class InvalidSource(Invalid):
+    """`source` is at most 512 printable characters; `revision` is a resolved commit, 40 or 64 hex digits."""
+
+    code = "invalid_source"
 
 
 class InvalidFilename(Invalid):

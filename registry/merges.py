@@ -1,21 +1,19 @@
 """Merged checkpoints: asked for once per version and dtype, made by a merge job, kept as files."""
 
 import uuid
-from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session, selectinload
 
 from registry.adapters import lock_version
 from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady
+from registry.jobs.spec import MergeDtype
 from registry.jobs.states import TERMINAL
 from registry.jobs.submit import submit_merge
 from registry.models import Merge, MergeFile, Version
 
-Dtype = Literal["base", "float32", "bfloat16", "float16"]
 
-
-def request_merge(session: Session, *, version: Version, dtype: Dtype) -> tuple[Merge, bool]:
+def request_merge(session: Session, *, version: Version, dtype: MergeDtype) -> tuple[Merge, bool]:
     """The merge of a version in this dtype, and whether this call made it.
 
     A merge that failed or was cancelled does not count: asking again starts another."""
