@@ -1,0 +1,91 @@
+"""What a claimed job needs from the store: names, places and digests, read in one short transaction."""
+
+import uuid
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from registry.errors import FileNotFound, VersionNotFound
+from registry.jobs.spec import MergeSpec, TrainSpec
+from registry.models import BaseModel, BaseModelFile, Blob, File, Job, Version, VersionFile
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of an artifact: its name there, where its bytes lie, and what they must be."""
+
+    path: str
+    key: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInput:
+    """The frozen base of a job."""
+
+    name: str
+    revision: str | None
+    digest: str
+    files: tuple[StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainInputs:
+    base: BaseInput
+    training: StoredFile
+    validation: StoredFile | None
+    spec: TrainSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MergeInputs:
+    base: BaseInput
+    ref: str  # name@7
+    adapter: tuple[StoredFile, ...]
+    spec: MergeSpec
+
+
+def train_inputs(session: Session, job: Job) -> TrainInputs:
+    """The inputs of a training job. Its files cannot be deleted before it ends."""
+    validation = None if job.validation_file_id is None else _file(session, job.validation_file_id)
+    return TrainInputs(
+        base=_base(session, job.base_model_id),
+        training=_file(session, job.training_file_id),
+        validation=validation,
+        spec=TrainSpec.model_validate(job.spec),
+    )
+
+
+def merge_inputs(session: Session, job: Job) -> MergeInputs:
+    """The inputs of a merge job. Its version cannot be deleted before it ends."""
+    spec = MergeSpec.model_validate(job.spec)
+    version = session.get(Version, spec.version_id)
+    if version is None or version.deleted_at is not None:
+        raise VersionNotFound
+    files = session.scalars(select(VersionFile).where(VersionFile.version_id == version.id).order_by(VersionFile.path))
+    return MergeInputs(
+        base=_base(session, job.base_model_id),
+        ref=f"{version.adapter.name}@{version.version}",
+        adapter=tuple(_stored(file.path, file.blob) for file in files),
+        spec=spec,
+    )
+
+
+def _base(session: Session, base_model_id: uuid.UUID) -> BaseInput:
+    base = session.get_one(BaseModel, base_model_id)
+    query = select(BaseModelFile).where(BaseModelFile.base_model_id == base_model_id).order_by(BaseModelFile.path)
+    files = tuple(_stored(file.path, file.blob) for file in session.scalars(query))
+    return BaseInput(base.name, base.revision, base.digest, files)
+
+
+def _file(session: Session, file_id: uuid.UUID | None) -> StoredFile:
+    file = session.get(File, file_id) if file_id else None
+    if file is None or file.deleted_at is not None:
+        raise FileNotFound
+    return _stored(file.filename, file.blob)
+
+
+def _stored(path: str, blob: Blob) -> StoredFile:
+    return StoredFile(path, blob.key, blob.sha256, blob.size)

@@ -1,0 +1,83 @@
+"""One claimed job, as the threads of its slot share it: who it is, what there is to tell, and why to stop."""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from enum import StrEnum
+
+from registry.errors import CancelRequested, FenceLost
+from worker.errors import Drained
+from worker.news import News
+
+
+class Stop(StrEnum):
+    """Why an attempt must end early. Later members outrank earlier ones."""
+
+    DRAIN = "drain"
+    CANCEL = "cancel"
+    LOST = "lost"
+
+
+_RANK = list(Stop)
+_ERRORS: dict[Stop, type[Exception]] = {
+    Stop.DRAIN: Drained,
+    Stop.CANCEL: CancelRequested,
+    Stop.LOST: FenceLost,
+}
+
+
+class Attempt:
+    """`fence` is the right to write; `is_trusted` says whether it is sure to be ours without asking."""
+
+    def __init__(self, *, job_id: uuid.UUID, tenant_id: uuid.UUID, fence: int) -> None:
+        self.job_id = job_id
+        self.tenant_id = tenant_id
+        self.fence = fence
+        self.news = News()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._reason: Stop | None = None
+        self._listeners: list[Callable[[Stop], None]] = []
+        self._trusted_until = 0.0
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} (fence {self.fence})"
+
+    def stop(self, reason: Stop) -> None:
+        """Ask the attempt to end. A child is told at once; code of this process sees it at its next `check`."""
+        with self._lock:
+            if self._reason is not None and _RANK.index(self._reason) >= _RANK.index(reason):
+                return
+            self._reason = reason
+            self._stopped.set()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener(reason)
+
+    def on_stop(self, listener: Callable[[Stop], None]) -> None:
+        """Call `listener` with the reason when the attempt is stopped; at once if it already was."""
+        with self._lock:
+            self._listeners.append(listener)
+            reason = self._reason
+        if reason is not None:
+            listener(reason)
+
+    def check(self) -> None:
+        """Raise FenceLost, CancelRequested or Drained if the attempt was asked to end."""
+        with self._lock:
+            reason = self._reason
+        if reason is not None:
+            raise _ERRORS[reason]
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless the attempt is asked to end."""
+        self._stopped.wait(seconds)
+        self.check()
+
+    def trust(self, until: float) -> None:
+        """The lease is ours until this moment of the monotonic clock."""
+        self._trusted_until = until
+
+    def is_trusted(self) -> bool:
+        return time.monotonic() < self._trusted_until

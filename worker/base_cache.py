@@ -1,0 +1,75 @@
+"""Base models on local disk, kept between jobs: fetched and verified once, looked at again before every use."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from registry.jobs.inputs import StoredFile
+from registry.storage import ObjectStore
+from registry.storage.digests import digest_file
+
+log = logging.getLogger(__name__)
+
+Stamp = list[int]  # size, modification time in ns
+
+
+class BaseCache:
+    """`<root>/<digest>/…`. Workers of one machine share it; a file lock per base keeps them out of each other's way."""
+
+    def __init__(self, root: Path, store: ObjectStore) -> None:
+        self._root = root
+        self._store = store
+
+    def ensure(self, digest: str, files: Sequence[StoredFile], check: Callable[[], None]) -> Path:
+        """A folder that holds exactly these bytes. `check` is called between files and may raise to give up."""
+        folder = self._root / digest
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._locked(digest):
+            known = self._read_stamps(digest)
+            for file in files:
+                check()
+                path = folder / file.path
+                if path.is_file() and known.get(file.path) == _stamp(path):
+                    continue
+                self._verify_or_fetch(file, path)
+                known[file.path] = _stamp(path)
+                self._stamps_path(digest).write_text(json.dumps(known))
+        return folder
+
+    def doubt(self, digest: str) -> None:
+        """Have every file of this base read and compared again before its next use."""
+        with self._locked(digest):
+            self._stamps_path(digest).unlink(missing_ok=True)
+
+    def _verify_or_fetch(self, file: StoredFile, path: Path) -> None:
+        if path.is_file():
+            if digest_file(path) == (file.sha256, file.size):
+                return
+            log.warning("%s in the base cache is damaged; it is fetched again", path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._store.fetch(file.key, path, sha256=file.sha256, size=file.size)
+
+    def _stamps_path(self, digest: str) -> Path:
+        return self._root / f"{digest}.json"
+
+    def _read_stamps(self, digest: str) -> dict[str, Stamp]:
+        try:
+            stamps: dict[str, Stamp] = json.loads(self._stamps_path(digest).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return stamps
+
+    @contextmanager
+    def _locked(self, digest: str) -> Iterator[None]:
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (self._root / f"{digest}.lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,103 @@
+"""`python -m worker.child WORKSPACE`: does the task in the workspace and tells the supervisor about it.
+
+stdin is a life line: when it ends, the supervisor is dead and so is this process. stdout carries messages and nothing
+else: whatever a library prints goes to the log."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+from lora_core.errors import LoraError
+from worker.protocol import EXIT_STOPPED, ErrorClass, ErrorMessage, ResultMessage
+from worker.reporter import Reporter, Stopped
+from worker.task import TrainTask, read_task
+
+EXIT_FAILED = 1
+
+# Codes of lora_core that say something about the request; all others are about us.
+USER_CODES = frozenset(
+    {
+        "bad_config",
+        "invalid_training_file",
+        "key_mismatch",
+        "no_gradient",
+        "non_finite",
+        "shape_mismatch",
+        "unknown_target_modules",
+    }
+)
+
+
+def main(workspace: Path) -> int:
+    """The exit code: 0 with a result, EXIT_STOPPED when asked to stop, EXIT_FAILED with an error message."""
+    reporter = Reporter(take_stdout())
+    threading.Thread(target=die_with_supervisor, name="life-line", daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: on_sigterm(reporter))
+    try:
+        reporter.write(do_task(workspace, reporter))
+    except Stopped:
+        return EXIT_STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        reporter.write(explain(error))
+        return EXIT_FAILED
+    return 0
+
+
+def do_task(workspace: Path, reporter: Reporter) -> ResultMessage:
+    task = read_task(workspace)
+    if isinstance(task, TrainTask):
+        from worker.train_child import train_adapter
+
+        return train_adapter(task, workspace, reporter)
+    from worker.merge_child import merge_adapter
+
+    return merge_adapter(task, workspace, reporter)
+
+
+def take_stdout() -> int:
+    """A private copy of stdout; from now on, descriptor 1 is the log."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return private
+
+
+def die_with_supervisor() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(EXIT_STOPPED)
+
+
+def on_sigterm(reporter: Reporter) -> None:
+    """Let a step that has begun end; before the first one there is nothing worth waiting for."""
+    reporter.stop()
+    if not reporter.in_steps:
+        os._exit(EXIT_STOPPED)
+
+
+def explain(error: Exception) -> ErrorMessage:
+    """What went wrong, in the words and the class that the job shows."""
+    if isinstance(error, LoraError):
+        return ErrorMessage(error_class=class_of(error), code=error.code, message=error.message[:2000])
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        advice = "Use a smaller batch_size, max_length or r."
+        return ErrorMessage(error_class="oom", code="out_of_memory", message=f"Training ran out of memory. {advice}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ErrorMessage(error_class="infra", code="disk_full", message="The worker's disk is full.")
+    message = "Training failed in an unexpected way; the worker's log has the details."
+    return ErrorMessage(error_class="bug", code="internal", message=message)
+
+
+def class_of(error: LoraError) -> ErrorClass:
+    if error.code == "training_diverged":
+        return "diverged"
+    # The base was checked when it was registered: what is wrong with it now is damage on this machine.
+    return "user" if error.code in USER_CODES else "infra"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

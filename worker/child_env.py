@@ -1,0 +1,42 @@
+"""The environment of a child: what it needs to compute, and nothing that opens a door."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import worker
+
+# Everything else stays behind: DEPOT_*, AWS_*, tokens, proxies.
+ALLOWED = frozenset(
+    {
+        "PATH",
+        "LANG",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "LD_LIBRARY_PATH",
+        "CUDA_VISIBLE_DEVICES",
+        "NVIDIA_VISIBLE_DEVICES",
+        "NVIDIA_DRIVER_CAPABILITIES",
+        "CUDA_HOME",
+    }
+)
+
+
+def child_env(workspace: Path, *, threads: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Home and temporary files lie in the workspace; the model libraries are told that there is no network."""
+    home = str(workspace)
+    kept = {name: value for name, value in environ.items() if name in ALLOWED}
+    return kept | {
+        "HOME": home,
+        "TMPDIR": home,
+        "HF_HOME": home,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(Path(worker.__file__).parent.parent),
+    }

@@ -1,0 +1,31 @@
+"""What every slot of one worker shares. Values only: settings end at `worker.app`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from registry.db import SessionFactory
+from registry.storage import ObjectStore
+from worker.base_cache import BaseCache
+from worker.workspace import WorkDir
+
+# -P keeps the working directory, which holds files of tenants, off the import path.
+CHILD_ARGV = (sys.executable, "-P", "-m", "worker.child")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """`beats` are sessions of their own engine: a heartbeat never waits for a connection that a slot holds."""
+
+    name: str
+    sessions: SessionFactory
+    beats: SessionFactory
+    store: ObjectStore
+    work: WorkDir
+    cache: BaseCache
+    lease_seconds: float
+    heartbeat_seconds: float
+    max_infra_failures: int
+    threads: int
+    grace_seconds: float = 10.0
+    child_argv: Sequence[str] = CHILD_ARGV

@@ -1,0 +1,59 @@
+"""What any worker does beside its jobs: send wake-ups, collect expired leases. No leader: all of them may."""
+
+import threading
+import uuid
+from collections.abc import Callable
+
+from registry.db import SessionFactory, transaction
+from registry.jobs import outbox, reaper
+from worker.outages import Outage
+
+
+class Chore:
+    """A call repeated for ever in its own thread. It outlives every error, and no other chore waits for it."""
+
+    def __init__(self, name: str, call: Callable[[], object], *, seconds: float, longest_seconds: float) -> None:
+        self._call = call
+        self._seconds = seconds
+        self._outage = Outage(f"the {name}", first_seconds=seconds, longest_seconds=longest_seconds)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No call starts after this; one that hangs is left behind."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stopped.wait(pause):
+            try:
+                self._call()
+            except Exception as error:
+                pause = self._outage.failed(error)
+            else:
+                self._outage.worked()
+                pause = self._seconds
+
+
+def make_relay(sessions: SessionFactory, send: Callable[[str, uuid.UUID], None], *, seconds: float) -> Chore:
+    """Sends the wake-ups of the outbox. Redis may be away for as long as it likes."""
+    return Chore("relay", lambda: outbox.relay(sessions, send), seconds=seconds, longest_seconds=60.0)
+
+
+def make_reaper(sessions: SessionFactory, *, seconds: float, lease_seconds: float, max_infra_failures: int) -> Chore:
+    """Gives the jobs of dead workers back to the queue."""
+
+    def tick() -> None:
+        with transaction(sessions) as session:
+            reaper.tick(
+                session,
+                lease_seconds=lease_seconds,
+                reaper_seconds=seconds,
+                max_infra_failures=max_infra_failures,
+            )
+
+    # Not slower than usual: a reaper that comes late makes every reaper hold for a whole lease.
+    return Chore("reaper", tick, seconds=seconds, longest_seconds=seconds)

@@ -1,0 +1,39 @@
+"""The merge task, in the child process. No torch: lora_core.merge works on numpy."""
+
+import time
+from pathlib import Path
+
+from lora_core.merge import MergeReport, merge
+from worker.protocol import ResultMessage, StepMessage
+from worker.reporter import Reporter
+from worker.task import OUT, MergeTask
+
+REPORT_EVERY_SECONDS = 0.5
+
+
+def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> ResultMessage:
+    """Write the merged model to `out/`. Steps are bytes."""
+    reporter.phase("merging")
+    last = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last
+        reporter.check()
+        if time.monotonic() - last >= REPORT_EVERY_SECONDS or done == total:
+            last = time.monotonic()
+            reporter.step(StepMessage(step=done, total_steps=total))
+
+    dtype = None if task.dtype == "base" else task.dtype
+    report = merge(task.base_dir, task.adapter_dir, workspace / OUT, dtype=dtype, on_progress=on_progress)
+    return ResultMessage(metrics=summarize(report))
+
+
+def summarize(report: MergeReport) -> dict[str, float]:
+    """The report as numbers: how much the adapter changed, and how much of that rounding lost."""
+    tensors = report.tensors
+    return {
+        "merged_tensors": len(tensors),
+        "copied_tensors": report.copied_tensors,
+        "max_relative_delta": max((tensor.relative_delta for tensor in tensors), default=0.0),
+        "max_rounding_loss": max((tensor.rounding_loss for tensor in tensors), default=0.0),
+    }

@@ -1,0 +1,83 @@
+"""A merge job from claim to published files."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from lora_core.base import is_base_file
+from registry.db import transaction
+from registry.jobs.inputs import MergeInputs, merge_inputs
+from registry.jobs.publish import publish_merge
+from registry.models import Job
+from worker.attempt import Attempt
+from worker.errors import JobFailed
+from worker.heart import Heart
+from worker.host import Host
+from worker.inputs import fetch_base, fetch_file, read_inputs
+from worker.protocol import ResultMessage
+from worker.publish import OutputFile, conclude, describe, store_outputs
+from worker.run_task import run_task
+from worker.task import OUT, MergeTask
+
+
+def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: Path) -> None:
+    """Fetch base and adapter, merge them in a child process, store and publish the files."""
+    inputs = read_inputs(host, attempt, job, merge_inputs)
+    attempt.news.phase("fetching")
+    base_dir = fetch_base(host, attempt, inputs.base)
+    adapter_dir = workspace / "adapter"
+    adapter_dir.mkdir()
+    for file in inputs.adapter:
+        fetch_file(host, attempt, file, adapter_dir / file.path)
+    task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, dtype=inputs.spec.dtype)
+    result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest)
+    _publish(host, attempt, heart, inputs, out=workspace / OUT, result=result)
+
+
+def _publish(
+    host: Host, attempt: Attempt, heart: Heart, inputs: MergeInputs, *, out: Path, result: ResultMessage
+) -> None:
+    attempt.news.phase("publishing")
+    files = merged_files(out)
+    blobs = store_outputs(host, attempt, out, files)
+    report = make_report(inputs, files, result)
+
+    def publish() -> None:
+        with transaction(host.sessions) as session:
+            publish_merge(
+                session,
+                job_id=attempt.job_id,
+                fence=attempt.fence,
+                files=blobs,
+                digest=folder_digest(files),
+                report=report,
+            )
+
+    conclude(attempt, heart, publish)
+
+
+def merged_files(out: Path) -> list[OutputFile]:
+    """What lies in `out`, by name; JobFailed for a file that does not belong into a model."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    strange = [name for name in names if not is_base_file(name)]
+    if out.is_symlink() or strange or not any(name.endswith(".safetensors") for name in names):
+        raise JobFailed("bug", "invalid_output", "The merge left files that are not a model.")
+    return [describe(out, name) for name in names]
+
+
+def folder_digest(files: list[OutputFile]) -> str:
+    """SHA-256 of the sorted lines '<sha256>  <path>', as base models have it."""
+    lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def make_report(inputs: MergeInputs, files: list[OutputFile], result: ResultMessage) -> dict[str, Any]:
+    """What the merge did, in numbers, and from what."""
+    return {
+        "adapter": inputs.ref,
+        "base_model": inputs.base.name,
+        "base_digest": inputs.base.digest,
+        "dtype": inputs.spec.dtype,
+        "bytes": sum(file.size for file in files),
+        **result.metrics,
+    }

@@ -1,0 +1,147 @@
+"""From files in a child's `out/` to a published result: check, hash, store, and one fenced transaction."""
+
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as library_version
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import LoraError, NonFinite
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+from registry.blobs import store_file
+from registry.db import transaction
+from registry.jobs.inputs import BaseInput, TrainInputs
+from registry.jobs.publish import publish_version
+from registry.storage.digests import digest_file
+from worker.attempt import Attempt
+from worker.errors import JobFailed
+from worker.heart import Heart
+from worker.host import Host
+from worker.outages import persist
+from worker.protocol import ResultMessage
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file the child made, as we found it."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+def publish_adapter(
+    host: Host, attempt: Attempt, heart: Heart, inputs: TrainInputs, *, out: Path, result: ResultMessage
+) -> None:
+    """Publish the adapter in `out` as the next version and end the job."""
+    attempt.news.phase("publishing")
+    files = [describe(out, name) for name in ADAPTER_FILES]
+    check_trained(out, inputs)
+    blobs = store_outputs(host, attempt, out, files)
+    manifest = make_manifest(inputs, files, result)
+
+    def publish() -> None:
+        with transaction(host.sessions) as session:
+            publish_version(
+                session,
+                job_id=attempt.job_id,
+                fence=attempt.fence,
+                files=blobs,
+                manifest=manifest,
+                metrics=dict(result.metrics),
+                trained_tokens=result.trained_tokens,
+            )
+
+    conclude(attempt, heart, publish)
+
+
+def check_trained(out: Path, inputs: TrainInputs) -> None:
+    """The gate: a whole, finite adapter of the base and the shape that was asked for; JobFailed otherwise."""
+    try:
+        config = check_adapter(out).config
+    except NonFinite as error:
+        raise JobFailed("diverged", "training_diverged", f"{error.message}. Try a lower learning rate.") from error
+    except (LoraError, OSError) as error:
+        message = "Training ended without a usable adapter; the worker's log has the details."
+        raise JobFailed("bug", "invalid_adapter", message) from error
+    asked = inputs.spec.lora
+    found = (config.base_model_name_or_path, config.r, config.lora_alpha, config.use_rslora)
+    if found != (inputs.base.name, asked.r, asked.lora_alpha, asked.use_rslora):
+        raise JobFailed("bug", "invalid_adapter", "Training made another adapter than the one that was asked for.")
+
+
+def describe(out: Path, name: str) -> OutputFile:
+    """Size and digest of one plain file directly in `out`. Links, pipes and folders are refused: a child made it."""
+    path = out / name
+    if out.is_symlink() or path.is_symlink() or not path.is_file():
+        raise JobFailed("bug", "invalid_output", f"The child process did not leave a file {name}.")
+    sha256, size = digest_file(path)
+    return OutputFile(name, size, sha256)
+
+
+def store_outputs(host: Host, attempt: Attempt, out: Path, files: Sequence[OutputFile]) -> dict[str, uuid.UUID]:
+    """Upload the files under keys that only this attempt knows; path → blob. Outages are waited out."""
+    blobs = {}
+    for file in files:
+        attempt.check()
+
+        def store(file: OutputFile = file) -> uuid.UUID:
+            return store_file(
+                host.sessions,
+                host.store,
+                out / file.path,
+                sha256=file.sha256,
+                size=file.size,
+                tenant_id=attempt.tenant_id,
+                job_id=attempt.job_id,
+                fence=attempt.fence,
+            )
+
+        blobs[file.path] = persist(store, attempt.wait, f"storing {file.path} of {attempt}")
+    return blobs
+
+
+def conclude(attempt: Attempt, heart: Heart, publish: Callable[[], None]) -> None:
+    """Deliver the last news and run the transaction that ends the job, through outages.
+
+    A worker that has not been heard for a lease asks who owns the job before it writes: the beat says so cheaply."""
+    persist(heart.beat, attempt.wait, f"the last heartbeat of {attempt}")
+
+    def write() -> None:
+        if not attempt.is_trusted():
+            heart.beat()
+        attempt.check()
+        heart.conclude(publish)
+
+    persist(write, attempt.wait, f"publishing {attempt}")
+
+
+def make_manifest(inputs: TrainInputs, files: Sequence[OutputFile], result: ResultMessage) -> dict[str, Any]:
+    """Everything that decided these bytes, as JSON."""
+    return {
+        "files": [asdict(file) for file in files],
+        "base_model": _base_of(inputs.base),
+        "training_data": {"sha256": inputs.training.sha256, "size": inputs.training.size},
+        "validation_data": None
+        if inputs.validation is None
+        else {"sha256": inputs.validation.sha256, "size": inputs.validation.size},
+        "spec": inputs.spec.model_dump(mode="json"),
+        "seed": inputs.spec.seed,
+        "metrics": dict(result.metrics),
+        "libraries": {"python": sys.version.split()[0], **{name: library_version(name) for name in LIBRARIES}},
+    }
+
+
+def _base_of(base: BaseInput) -> dict[str, Any]:
+    return {
+        "name": base.name,
+        "revision": base.revision,
+        "digest": base.digest,
+        "tokenizer": {file.path: file.sha256 for file in base.files if file.path in TOKENIZER_FILES},
+    }

@@ -1,0 +1,44 @@
+"""The child's end of the protocol: what it says, and whether it was asked to stop."""
+
+import os
+import threading
+
+from worker.protocol import Message, NoteMessage, Phase, PhaseMessage, StepMessage, write
+
+
+class Stopped(Exception):
+    """The supervisor asked this process to stop."""
+
+
+class Reporter:
+    """Writes messages to the descriptor that was stdout. `in_steps` is true while stopping waits for a step's end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._stream = os.fdopen(descriptor, "wb")
+        self._stop = threading.Event()
+        self.in_steps = False
+
+    def write(self, message: Message) -> None:
+        try:
+            write(self._stream, message)
+        except BrokenPipeError:  # nobody listens any more
+            os._exit(1)
+
+    def phase(self, phase: Phase, *, total_steps: int | None = None) -> None:
+        self.in_steps = phase in ("training", "merging")
+        self.write(PhaseMessage(phase=phase, total_steps=total_steps))
+
+    def note(self, message: str) -> None:
+        self.write(NoteMessage(message=message))
+
+    def step(self, step: StepMessage) -> None:
+        """Tell about a finished step; raises Stopped when there shall be no next one."""
+        self.write(step)
+        self.check()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise Stopped

@@ -1,0 +1,49 @@
+"""What a supervisor writes into a child's workspace: the whole of what the child is told."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from registry.jobs.spec import MergeDtype, TrainSpec
+
+TASK_FILE = "task.json"
+OUT = "out"
+
+
+class TrainTask(BaseModel):
+    """Train an adapter on `training_file` and leave it in `out/`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["train"] = "train"
+    base_dir: Path
+    base_model: str  # its name in the catalogue; goes into adapter_config.json
+    revision: str | None
+    training_file: Path
+    validation_file: Path | None
+    spec: TrainSpec
+    threads: int
+
+
+class MergeTask(BaseModel):
+    """Fold the adapter into the base and leave the model in `out/`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["merge"] = "merge"
+    base_dir: Path
+    adapter_dir: Path
+    dtype: MergeDtype
+
+
+Task = TrainTask | MergeTask
+_PARSER: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
+
+
+def write_task(workspace: Path, task: Task) -> None:
+    (workspace / TASK_FILE).write_text(task.model_dump_json())
+
+
+def read_task(workspace: Path) -> Task:
+    return _PARSER.validate_json((workspace / TASK_FILE).read_bytes())

@@ -1,0 +1,129 @@
+"""The training task, in the child process: the only module of this room that needs torch."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.adapter import save_adapter
+from lora_core.config import LoraConfig
+from lora_core.data import Dataset, tokenize_rows
+from lora_core.errors import BadConfig, DatasetError
+from lora_core.inject import inject, lora_layers
+from lora_core.model import load_base
+from lora_core.rows import read_rows
+from lora_core.train import StepReport, TrainConfig, TrainResult, train
+from registry.jobs.spec import TrainSpec
+from worker.protocol import ResultMessage, StepMessage
+from worker.reporter import Reporter
+from worker.task import OUT, TrainTask
+
+
+def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter) -> ResultMessage:
+    """Train on the task's rows and write the adapter to `out/`."""
+    torch.set_num_threads(task.threads)
+    reporter.phase("loading")
+    model, tokenizer = load_base(task.base_dir)
+    reporter.phase("tokenizing")
+    max_length = min(task.spec.max_length, context_length(model))
+    training = tokenize(tokenizer, task.training_file, max_length, "training", reporter)
+    validation = None
+    if task.validation_file is not None:
+        validation = tokenize(tokenizer, task.validation_file, max_length, "validation", reporter)
+    config = adapter_config(task)
+    inject(model, config, seed=task.spec.seed)
+    reporter.phase("training")
+    started = time.monotonic()
+    result = train(
+        model,
+        training.examples,
+        train_config(task.spec),
+        eval_examples=validation.examples if validation else None,
+        on_step=step_teller(reporter, started),
+    )
+    seconds = time.monotonic() - started
+    require_change(model)
+    reporter.phase("saving")
+    save_adapter(model, config, workspace / OUT)
+    return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
+
+
+def context_length(model: Any) -> int:
+    """The longest row the model was built for, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def tokenize(tokenizer: Any, path: Path, max_length: int, what: str, reporter: Reporter) -> Dataset:
+    """The rows of a file as examples; tells how many were cut or left out."""
+    try:
+        with path.open("rb") as lines:
+            dataset = tokenize_rows(tokenizer, read_rows(lines), max_length)
+    except DatasetError as error:
+        raise DatasetError(f"The {what} file cannot be used: {error.message}", **error.details) from error
+    told = f"{len(dataset.examples)} {what} rows"
+    if dataset.truncated:
+        told += f"; {dataset.truncated} were cut to {max_length} tokens"
+    if dataset.skipped:
+        told += f"; {dataset.skipped} were left out, as their answers begin after {max_length} tokens"
+    reporter.note(f"{told}.")
+    return dataset
+
+
+def adapter_config(task: TrainTask) -> LoraConfig:
+    """What goes into adapter_config.json: the base by its name in the catalogue, never by a path."""
+    return replace(task.spec.lora.config(), base_model_name_or_path=task.base_model, revision=task.revision)
+
+
+def train_config(spec: TrainSpec) -> TrainConfig:
+    return TrainConfig(
+        n_epochs=spec.n_epochs,
+        batch_size=spec.batch_size,
+        max_steps=spec.max_steps,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.lr_scheduler_type,
+        warmup_ratio=spec.warmup_ratio,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+    )
+
+
+def step_teller(reporter: Reporter, started: float) -> Callable[[StepReport], None]:
+    """Tells every step to the supervisor; the first step after a request to stop raises Stopped."""
+
+    def tell(report: StepReport) -> None:
+        elapsed = time.monotonic() - started
+        reporter.step(
+            StepMessage(
+                step=report.step,
+                total_steps=report.total_steps,
+                loss=report.loss,
+                learning_rate=report.lr,
+                grad_norm=report.grad_norm,
+                tokens_per_second=report.tokens_per_second,
+                eta_seconds=elapsed / report.step * (report.total_steps - report.step),
+                valid_loss=report.eval_loss,
+            )
+        )
+
+    return tell
+
+
+def require_change(model: Any) -> None:
+    """BadConfig if training left every lora_B at zero: such an adapter is the base model under another name."""
+    if not any(layer.lora_B.detach().any() for layer in lora_layers(model).values()):
+        raise BadConfig("training changed nothing: use a higher learning_rate, more steps or less warmup")
+
+
+def summarize(result: TrainResult, training: Dataset, seconds: float) -> dict[str, float]:
+    metrics: dict[str, float | None] = {
+        "steps": result.steps,
+        "examples": len(training.examples),
+        "train_loss": result.train_loss,
+        "valid_loss": result.eval_loss,
+        "seconds": seconds,
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
