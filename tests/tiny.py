@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "granite", "phi3")
 
 
-def make_tokenizer(directory: Path, *, vocab: int = 320, chat_template: str | None = CHAT_TEMPLATE) -> Any:
+def make_tokenizer(directory: Path, *, vocab: int = 312, chat_template: str | None = CHAT_TEMPLATE) -> Any:
     """A byte-level BPE trained on `TEXT`, saved to `directory`; any text round-trips; ids 0, 1, 2: bos, eos, pad."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -84,7 +84,7 @@ def make_base(
     limit: int | str = "50GB" if shards == 1 else size // shards
     model.save_pretrained(directory, max_shard_size=limit)
     if tokenizer:
-        make_tokenizer(directory, vocab=min(vocab, 320))
+        make_tokenizer(directory, vocab=min(vocab, 320) - 8)  # some tokenizer classes add tokens of their own
     return directory
 
 

@@ -1,0 +1,207 @@
+"""The training loop: AdamW on the LoRA factors, loss averaged over labelled tokens. No files, no network."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_core.batching import epoch_steps, micro_batches
+from lora_core.data import Example
+from lora_core.errors import BadConfig, NoGradient, TrainingDiverged
+from lora_core.inject import lora_layers, lora_parameters
+from lora_core.loss import collate, loss_sum
+from lora_core.schedule import Schedule, lr_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`batch_size` rows make one optimizer step; `tokens_per_batch` bounds what is in memory at once."""
+
+    n_epochs: int = 1
+    batch_size: int = 8
+    max_steps: int | None = None
+    learning_rate: float = 2e-4
+    lr_scheduler_type: Schedule = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0 turns clipping off
+    seed: int = 0
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("n_epochs", "batch_size", "tokens_per_batch"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"{name} must be at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise BadConfig("max_steps must be at least 1")
+        if not 0 < self.learning_rate <= 1:
+            raise BadConfig("learning_rate must be above 0 and at most 1")
+        if self.lr_scheduler_type not in ("linear", "cosine", "constant"):
+            raise BadConfig('lr_scheduler_type must be "linear", "cosine" or "constant"')
+        if not 0 <= self.warmup_ratio <= 1 or not 0 <= self.weight_decay <= 1:
+            raise BadConfig("warmup_ratio and weight_decay must be from 0 to 1")
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise BadConfig("max_grad_norm must be 0 (off) or above")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. `loss` is per labelled token; `grad_norm` is before clipping; `tokens` counts input
+    tokens without padding; `eval_loss` is set after the last step of each epoch."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`train_loss` and `eval_loss` are the last ones; `stopped` says that `should_stop` ended it early."""
+
+    steps: int
+    total_steps: int
+    train_loss: float | None
+    eval_loss: float | None
+    trained_tokens: int
+    stopped: bool
+
+
+def train(
+    model: Any,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    eval_examples: Sequence[Example] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Train the LoRA layers of `model` in place; equal inputs on equal hardware give equal bits.
+
+    TrainingDiverged if the loss or a gradient is not finite; NoGradient if a factor is out of the loss's reach.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # dropout
+        model.train()
+        try:
+            return _Run(model, examples, config).run(eval_examples, on_step, should_stop)
+        finally:
+            model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: Any, examples: Sequence[Example], *, tokens_per_batch: int = 4096) -> float:
+    """Mean loss per labelled token. The model's mode is kept."""
+    was_training = model.training
+    model.eval()
+    lengths = [len(example.input_ids) for example in examples]
+    total = 0.0
+    for piece in micro_batches(range(len(examples)), lengths, max_tokens=tokens_per_batch):
+        total += loss_sum(model, *collate([examples[row] for row in piece], model.device)).item()
+    model.train(was_training)
+    return total / sum(example.targets for example in examples)
+
+
+class _Run:
+    def __init__(self, model: Any, examples: Sequence[Example], config: TrainConfig) -> None:
+        self.model = model
+        self.examples = examples
+        self.config = config
+        self.lengths = [len(example.input_ids) for example in examples]
+        self.parameters = lora_parameters(model)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.steps_per_epoch = math.ceil(len(examples) / config.batch_size)
+        self.total_steps = min(config.n_epochs * self.steps_per_epoch, config.max_steps or 2**62)
+
+    def run(
+        self,
+        eval_examples: Sequence[Example] | None,
+        on_step: Callable[[StepReport], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> TrainResult:
+        trained_tokens = done = 0
+        train_loss = eval_loss = None
+        for step, rows in enumerate(self._steps(), start=1):
+            if should_stop and should_stop():
+                break
+            started = time.perf_counter()
+            train_loss, lr, grad_norm = self._step(step, rows)
+            seconds = time.perf_counter() - started
+            tokens = sum(self.lengths[row] for row in rows)
+            trained_tokens += tokens
+            done = step
+            due = step % self.steps_per_epoch == 0 or step == self.total_steps
+            if due and eval_examples:
+                eval_loss = evaluate(self.model, eval_examples, tokens_per_batch=self.config.tokens_per_batch)
+            if on_step:
+                on_step(
+                    StepReport(
+                        step=step,
+                        total_steps=self.total_steps,
+                        epoch=step / self.steps_per_epoch,
+                        loss=train_loss,
+                        lr=lr,
+                        grad_norm=grad_norm,
+                        tokens=tokens,
+                        tokens_per_second=tokens / seconds,
+                        eval_loss=eval_loss if due else None,
+                    )
+                )
+        return TrainResult(done, self.total_steps, train_loss, eval_loss, trained_tokens, done < self.total_steps)
+
+    def _steps(self) -> Iterator[list[int]]:
+        done = 0
+        for epoch in range(self.config.n_epochs):
+            for rows in epoch_steps(
+                self.lengths, seed=self.config.seed, epoch=epoch, batch_size=self.config.batch_size
+            ):
+                if done == self.total_steps:
+                    return
+                done += 1
+                yield rows
+
+    def _step(self, step: int, rows: list[int]) -> tuple[float, float, float]:
+        """One optimizer step over `rows`; returns (loss, lr, grad_norm)."""
+        # Averaged over the tokens of the step, not over micro-batches, whose sizes differ.
+        targets = sum(self.examples[row].targets for row in rows)
+        loss = 0.0
+        for piece in micro_batches(rows, self.lengths, max_tokens=self.config.tokens_per_batch):
+            batch = collate([self.examples[row] for row in piece], self.model.device)
+            share = loss_sum(self.model, *batch) / targets
+            loss += share.item()
+            if not math.isfinite(loss):
+                raise TrainingDiverged(f"the loss is {loss} at step {step}; lower the learning rate", step=step)
+            share.backward()
+        if step == 1:
+            _require_gradients(self.model)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+        if not math.isfinite(norm):
+            raise TrainingDiverged(f"the gradient is {norm} at step {step}; lower the learning rate", step=step)
+        lr = self.config.learning_rate * self._factor(step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, lr, norm
+
+    def _factor(self, step: int) -> float:
+        warmup = math.ceil(self.config.warmup_ratio * self.total_steps)
+        return lr_factor(step, total=self.total_steps, warmup=warmup, schedule=self.config.lr_scheduler_type)
+
+
+def _require_gradients(model: nn.Module) -> None:
+    # A factor that the loss does not reach would be published at its start values.
+    without = [
+        path for path, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
+    ]
+    if without or not lora_parameters(model):
+        raise NoGradient(f"no gradient reaches {', '.join(without[:5]) or 'any LoRA layer'}", modules=without)
