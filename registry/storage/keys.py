@@ -36,3 +36,8 @@ def check_prefix(prefix: str) -> str:
     if prefix and not is_key(f"{prefix}0"):
         raise ValueError(f"not the start of an object key: {prefix!r}")
     return prefix
+
+
+def key_sha256(key: str) -> str:
+    """The digest of the bytes that lie under a `blob_key`."""
+    return key.split("/")[2]

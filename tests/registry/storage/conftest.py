@@ -110,17 +110,17 @@ class LocalLane:
 class S3Lane:
     def __init__(self, server: S3Server) -> None:
         self._raw = server.client()
-        self._bucket = make_bucket(self._raw)
-        self.store = server.store(self._bucket)
+        self.bucket = make_bucket(self._raw)
+        self.store = server.store(self.bucket)
         # Port 1 is closed: nothing that this user started can listen there.
-        self.unreachable = server.store(self._bucket, endpoint_url="http://127.0.0.1:1")
+        self.unreachable = server.store(self.bucket, endpoint_url="http://127.0.0.1:1")
 
     def overwrite(self, key: str, data: bytes) -> None:
-        self._raw.put_object(Bucket=self._bucket, Key=f"some/depot/{key}", Body=data)
+        self._raw.put_object(Bucket=self.bucket, Key=f"some/depot/{key}", Body=data)
 
     def leftovers(self) -> list[str]:
         try:
-            found = self._raw.list_multipart_uploads(Bucket=self._bucket)
+            found = self._raw.list_multipart_uploads(Bucket=self.bucket)
         except self._raw.exceptions.NoSuchUpload:  # how rclone says that there are none
             return []
         return [upload["Key"] for upload in found.get("Uploads", [])]
@@ -133,8 +133,8 @@ class S3Lane:
             raise LinkRefused(error.code) from error
 
     def clear(self) -> None:
-        for item in self._raw.list_objects_v2(Bucket=self._bucket).get("Contents", []):
-            self._raw.delete_object(Bucket=self._bucket, Key=item["Key"])
+        for item in self._raw.list_objects_v2(Bucket=self.bucket).get("Contents", []):
+            self._raw.delete_object(Bucket=self.bucket, Key=item["Key"])
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +160,7 @@ def radosgw() -> S3Server:
     return S3Server(f"{url.scheme}://{url.hostname}:{url.port}", url.username or "", url.password or "")
 
 
-@pytest.fixture(params=LANES[1:])
+@pytest.fixture(scope="session", params=LANES[1:])
 def s3_server(request: pytest.FixtureRequest) -> S3Server:
     return request.getfixturevalue(request.param)
 
