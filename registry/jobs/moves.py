@@ -35,9 +35,10 @@ def note_error(job: Job, *, error_class: str, code: str, message: str) -> None:
 
 def requeue(session: Session, job: Job, *, delay_seconds: float) -> JobState:
     """Back to the queue, claimable after the delay, with a wake-up due then."""
+    due = read_clock(session, ahead_seconds=delay_seconds)  # first: a query flushes half-made changes
     job.state = JobState.QUEUED
     job.lease_expires_at = None
-    job.run_after = due = read_clock(session, ahead_seconds=delay_seconds)
+    job.run_after = due
     session.add(Outbox(queue=job.queue, job_id=job.id, next_at=due))
     session.flush()
     return JobState.QUEUED
@@ -45,9 +46,10 @@ def requeue(session: Session, job: Job, *, delay_seconds: float) -> JobState:
 
 def finish(session: Session, job: Job, state: JobState) -> JobState:
     """Ends the job for good. A merge that did not succeed makes room for the next request of the same merge."""
+    now = read_clock(session)  # first: a query flushes half-made changes
     job.state = state
     job.lease_expires_at = None
-    job.finished_at = read_clock(session)
+    job.finished_at = now
     session.flush()
     if job.kind == JobKind.MERGE and state != JobState.SUCCEEDED:
         session.execute(update(Merge).where(Merge.job_id == job.id).values(live=False))
