@@ -27,16 +27,17 @@ class Scratch:
 
     def widen(self, raw: Array, dtype: str, out: Array) -> Array:
         """uint8 bytes of `dtype` numbers → the first of `out` (float64), exact."""
-        if dtype != "BF16":
-            native = raw.view(_NATIVE[dtype])
-            np.copyto(out[: native.size], native)
-            return out[: native.size]
-        half = raw.view(np.uint16)
-        bits = self._bits[: half.size]
-        np.copyto(bits, half)
-        np.left_shift(bits, 16, out=bits)
-        np.copyto(out[: half.size], bits.view(np.float32))
-        return out[: half.size]
+        if dtype == "BF16":
+            half = raw.view(np.uint16)
+            bits = self._bits[: half.size]
+            np.copyto(bits, half)
+            np.left_shift(bits, 16, out=bits)
+            numbers: Array = bits.view(np.float32)
+        else:
+            numbers = raw.view(_NATIVE[dtype])
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            np.copyto(out[: numbers.size], numbers)
+        return out[: numbers.size]
 
     def narrow(self, values: Array, dtype: str) -> Array:
         """float64 → fresh uint8 bytes of `dtype` numbers, each the nearest one, ties to even.

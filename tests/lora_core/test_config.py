@@ -1,0 +1,148 @@
+import json
+import math
+
+import peft
+import pytest
+
+from lora_core.config import LoraConfig, match_targets
+from lora_core.errors import BadConfig, UnknownTargetModules
+
+PATHS = [
+    f"model.layers.{layer}.{part}"
+    for layer in (0, 1, 11)
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+] + ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", -1),
+        ("r", 1025),
+        ("r", True),
+        ("r", 8.0),
+        ("r", "8"),
+        ("lora_alpha", 0),
+        ("lora_alpha", math.nan),
+        ("lora_alpha", math.inf),
+        ("lora_alpha", True),
+        ("lora_dropout", 1),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", math.nan),
+        ("target_modules", ()),
+        ("target_modules", "q_proj"),
+        ("target_modules", ("q_proj.*",)),
+        ("target_modules", ("",)),
+        ("target_modules", (1,)),
+        ("use_rslora", 1),
+        ("fan_in_fan_out", None),
+        ("bias", "all"),
+        ("modules_to_save", ("lm_head",)),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", False),
+        ("task_type", "SEQ_CLS"),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"^q_proj": 4}),
+        ("alpha_pattern", {"q_proj": math.inf}),
+        ("base_model_name_or_path", "a\nb"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(BadConfig, match=field):
+        LoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("lora_bias", True),
+        ("layers_to_transform", [0]),
+        ("exclude_modules", ["q_proj"]),
+        ("target_parameters", ["experts"]),
+        ("layer_replication", [[0, 1]]),
+        ("trainable_token_indices", [1]),
+        ("something_new", 1),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "ADALORA"),
+        ("target_modules", ".*q_proj"),
+    ],
+)
+def test_peft_features_that_change_the_arithmetic_are_refused_by_name(field, value):
+    document = json.loads(LoraConfig(target_modules=("q_proj",)).to_peft_json()) | {field: value}
+    with pytest.raises(BadConfig, match=field):
+        LoraConfig.from_peft_json(json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"r": 1, "r": 2}', b"\xff", b'{"r": NaN}', b"[" * 100_000])
+def test_a_malformed_config_file_is_a_bad_config(data):
+    with pytest.raises(BadConfig):
+        LoraConfig.from_peft_json(data)
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "target_modules"])
+def test_a_config_file_without_a_required_field_is_refused(name):
+    document = json.loads(LoraConfig(target_modules=("q_proj",)).to_peft_json())
+    del document[name]
+    with pytest.raises(BadConfig, match=name):
+        LoraConfig.from_peft_json(json.dumps(document).encode())
+
+
+def test_json_round_trip_keeps_everything():
+    config = LoraConfig(
+        r=3,
+        lora_alpha=7.5,
+        lora_dropout=0.1,
+        target_modules=("v_proj", "q_proj"),
+        use_rslora=True,
+        rank_pattern={"v_proj": 5, "layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"q_proj": 9},
+        init_lora_weights="gaussian",
+        base_model_name_or_path="org/base",
+        revision="0" * 40,
+    )
+    assert LoraConfig.from_peft_json(config.to_peft_json()) == config
+
+
+def test_equal_configs_give_equal_bytes_in_any_order_of_their_fields():
+    first = LoraConfig(target_modules=("a", "b"), rank_pattern={"a": 1, "b": 2})
+    second = LoraConfig(target_modules=("b", "a"), rank_pattern={"b": 2, "a": 1})
+    assert first.to_peft_json() == second.to_peft_json()
+
+
+def test_peft_reads_what_we_write_and_we_read_what_peft_writes(tmp_path):
+    ours = LoraConfig(r=5, lora_alpha=11, target_modules=("q_proj", "v_proj"), rank_pattern={"v_proj": 2})
+    (tmp_path / "adapter_config.json").write_bytes(ours.to_peft_json())
+    theirs = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (theirs.r, theirs.lora_alpha, theirs.rank_pattern) == (5, 11, {"v_proj": 2})
+    theirs.save_pretrained(tmp_path)
+    assert LoraConfig.from_peft_json((tmp_path / "adapter_config.json").read_bytes()) == ours
+
+
+def test_scaling_follows_patterns_and_rank_stabilisation():
+    config = LoraConfig(r=4, lora_alpha=8, rank_pattern={"v_proj": 16}, alpha_pattern={"layers.0.self_attn.q_proj": 2})
+    assert config.scaling_for("model.layers.1.self_attn.q_proj") == 2
+    assert config.scaling_for("model.layers.0.self_attn.q_proj") == 0.5
+    assert config.scaling_for("model.layers.0.self_attn.v_proj") == 0.5
+    assert LoraConfig(r=16, lora_alpha=8, use_rslora=True).scaling_for("x") == 2
+
+
+def test_a_suffix_matches_at_dots_only():
+    assert match_targets(LoraConfig(target_modules=("layers.1.self_attn.q_proj",)), PATHS) == [
+        "model.layers.1.self_attn.q_proj"
+    ]
+
+
+def test_all_linear_leaves_the_output_layer_out():
+    assert match_targets(LoraConfig(), PATHS) == sorted(PATHS[:-1])
+
+
+def test_an_unknown_target_says_what_exists():
+    with pytest.raises(UnknownTargetModules, match="query") as caught:
+        match_targets(LoraConfig(target_modules=("q_proj", "query")), PATHS)
+    assert caught.value.details == {
+        "unknown": ["query"],
+        "available": ["down_proj", "lm_head", "q_proj", "v_proj"],
+    }
