@@ -1,6 +1,7 @@
 """Where things came from: edges from a child to what it was made from."""
 
 import uuid
+from collections.abc import Sequence
 from typing import Literal
 
 from sqlalchemy import select, union_all
@@ -44,3 +45,12 @@ def children_of(session: Session, parent: Node, *, tenant_id: uuid.UUID) -> list
         LineageEdge.parent_kind == parent[0], LineageEdge.parent_id == parent[1], LineageEdge.child_id.in_(own)
     )
     return list(session.scalars(edges.order_by(LineageEdge.created_at, LineageEdge.child_id)))
+
+
+def parents_by_child(session: Session, kind: Kind, ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[LineageEdge]]:
+    """`parents_of` for a page of children of one kind, by child id, in one query."""
+    found: dict[uuid.UUID, list[LineageEdge]] = {child_id: [] for child_id in ids}
+    edges = select(LineageEdge).where(LineageEdge.child_kind == kind, LineageEdge.child_id.in_(found))
+    for edge in session.scalars(edges.order_by(LineageEdge.relation, LineageEdge.parent_id)):
+        found[edge.child_id].append(edge)
+    return found

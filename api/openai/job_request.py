@@ -1,0 +1,142 @@
+"""The body of `POST /v1/fine_tuning/jobs`, and what it asks the trainer to do."""
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from api.schemas import Body
+from api.validation import wanted
+from registry.errors import AdapterNameMissing, InvalidHyperparameter
+from registry.jobs.spec import TrainSpec
+
+Auto = Literal["auto"]
+_NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
+CREATE = {
+    "model": "Qwen/Qwen3-0.6B",
+    "training_file": "file-6b1f0c2d9a7e4f53b8d21c0a9e4f7d13",
+    "suffix": "support-bot",
+    "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+    "lora": {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+    "metadata": {"team": "support"},
+}
+
+
+class HyperparametersIn(Body):
+    """`auto` or absent means this service's defaults: 3 epochs, 8 rows per step, multiplier 1."""
+
+    batch_size: int | Auto | None = None
+    learning_rate_multiplier: float | Auto | None = None
+    n_epochs: int | Auto | None = None
+
+
+class SupervisedIn(Body):
+    hyperparameters: HyperparametersIn | None = None
+
+
+class MethodIn(Body):
+    type: Literal["supervised"]
+    supervised: SupervisedIn | None = None
+
+
+class LoraIn(Body):
+    """LoRA settings, in PEFT's words. What is absent or null takes the default that the job object then shows."""
+
+    adapter: str | None = Field(default=None, description="Name of the adapter to publish to; default: from `suffix`")
+    r: int | None = Field(default=None, description="Rank, 1 or more. Default 16")
+    lora_alpha: float | None = Field(default=None, description="Scaling is lora_alpha / r. Default 2·r")
+    lora_dropout: float | None = Field(default=None, description="0 ≤ p < 1. Default 0")
+    target_modules: list[str] | Literal["all-linear"] | None = Field(
+        default=None, description="Suffixes of linear modules of the base model. Default `all-linear`"
+    )
+    use_rslora: bool | None = Field(default=None, description="Scale by lora_alpha / √r instead. Default false")
+    learning_rate: float | None = Field(default=None, description="Before the multiplier. Default 2e-4")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
+    warmup_ratio: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    max_length: int | None = Field(default=None, description="Tokens per row; longer rows are cut. Default 2048")
+    max_steps: int | None = Field(default=None, description="Stop after so many optimizer steps. Default: no limit")
+
+
+class JobCreate(Body):
+    """OpenAI's request; `lora` is this service's own. Unknown fields are refused, at every depth."""
+
+    model: str = Field(description="Name of a base model")
+    training_file: str = Field(description="Id of a file with purpose `fine-tune`")
+    validation_file: str | None = None
+    method: MethodIn | None = None
+    hyperparameters: HyperparametersIn | None = Field(default=None, description="Deprecated: use `method`")
+    suffix: str | None = Field(default=None, min_length=1, max_length=64)
+    seed: int | None = Field(default=None, description="Generated, and shown in the job, when absent")
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+        default=None, max_length=16
+    )
+    integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(
+        default=None, description="Not supported: null or an empty list"
+    )
+    lora: LoraIn = LoraIn()
+
+    def adapter_name(self) -> str:
+        """`lora.adapter`, else the suffix in the grammar of adapter names; AdapterNameMissing."""
+        if self.lora.adapter is not None:
+            return self.lora.adapter
+        name = _NOT_IN_NAMES.sub("-", (self.suffix or "").lower()).strip("._-")
+        if not name:
+            raise AdapterNameMissing(param="lora.adapter")
+        return name
+
+    def spec(self) -> TrainSpec:
+        """The run this body asks for; InvalidHyperparameter names the field of the body that is out of range."""
+        given = self.lora.model_dump(exclude_none=True, exclude={"adapter"})
+        lora = {name: given.pop(name) for name in LORA_FIELDS if name in given}
+        numbers, where = self._hyperparameters()
+        rate = given.get("learning_rate", TrainSpec.model_fields["learning_rate"].default)
+        values: dict[str, Any] = {
+            **given,
+            "lora": lora,
+            "learning_rate": rate * numbers.pop("learning_rate_multiplier", 1.0),
+            "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
+            **numbers,
+        }
+        try:
+            return TrainSpec.model_validate(values)
+        except ValidationError as error:
+            raise _out_of_range(error, where) from None
+
+    def _hyperparameters(self) -> tuple[dict[str, Any], str]:
+        """The numbers given, without `auto`, and where in the body they stand."""
+        supervised = self.method.supervised if self.method else None
+        if supervised is not None and supervised.hyperparameters is not None:
+            found, where = supervised.hyperparameters, "method.supervised.hyperparameters"
+        else:
+            found, where = self.hyperparameters or HyperparametersIn(), "hyperparameters"
+        return {name: value for name, value in found.model_dump(exclude_none=True).items() if value != "auto"}, where
+
+
+LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+
+
+def multiplier_asked(request: Mapping[str, Any]) -> float:
+    """The learning-rate multiplier of a stored request: the one setting that a spec only holds multiplied."""
+    supervised = (request.get("method") or {}).get("supervised") or {}
+    numbers = supervised.get("hyperparameters") or request.get("hyperparameters") or {}
+    value = numbers.get("learning_rate_multiplier")
+    return 1.0 if value in (None, "auto") else float(value)
+
+
+def _out_of_range(error: ValidationError, hyperparameters: str) -> InvalidHyperparameter:
+    finding = error.errors(include_url=False)[0]
+    path = [str(step) for step in finding["loc"]]
+    if path[0] in {"n_epochs", "batch_size"}:
+        path = [hyperparameters, *path]
+    elif path[0] not in {"lora", "seed"}:
+        path = ["lora", *path]
+    name = ".".join(path[:2] if path[0] == "lora" else path)
+    ends = wanted(finding)
+    message = f"`{name}` must be {ends}. Change it and send the request again."
+    if name == "lora.learning_rate":
+        message = f"`{name}` times `learning_rate_multiplier` must be {ends}. Change either one."
+    return InvalidHyperparameter(message if ends else f"`{name}` is not valid: {finding['msg']}.", param=name)
