@@ -126,7 +126,7 @@ def latest_numbers(session: Session, adapters: Sequence[Adapter]) -> dict[uuid.U
     ids = [adapter.id for adapter in adapters]
     alive = select(Version).where(Version.adapter_id.in_(ids), Version.deleted_at.is_(None))
     query = alive.with_only_columns(Version.adapter_id, func.max(Version.version)).group_by(Version.adapter_id)
-    return dict(session.execute(query).tuples().all())
+    return dict(session.execute(query).all())
 
 
 def get_version_file(session: Session, version: Version, path: str) -> VersionFile:
