@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 from cli.embedded.guardian import end
-from cli.embedded.process import is_alive
 from cli.embedded.sockets import private_socket_dir
 from cli.home import Home
 
@@ -30,10 +29,10 @@ def end_leftovers(home: Home) -> list[int]:
 
 
 def _unlock(lock_file: Path) -> None:
-    """Removes a Postgres lock whose process number now belongs to a stranger; Postgres itself would give up."""
+    """Removes a Postgres lock whose number belongs to a stranger or a zombie: Postgres itself would give up."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(lock_file.read_text().split()[0])
-        if is_alive(pid) and Path(f"/proc/{pid}").exists():
+        if Path(f"/proc/{pid}").exists():
             lock_file.unlink()
 
 

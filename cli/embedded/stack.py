@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import httpx
 
-from cli.embedded.leftovers import MARKER
 from cli.embedded.postgres import postgres_url
 from cli.embedded.process import ROOT, ChildSpec, EmbeddedError
 from cli.embedded.valkey import valkey_url
@@ -66,7 +65,6 @@ def environment(home: Home, *, url: str, slots: int, inherited: Mapping[str, str
         **ONE_MACHINE,
         **tuned,
         "PYTHONUNBUFFERED": "1",
-        MARKER: str(home.root),
         "DEPOT_DATABASE_URL": postgres_url(home.sockets),
         "DEPOT_REDIS_URL": valkey_url(home.sockets),
         "DEPOT_STORE_URL": home.objects.as_uri(),

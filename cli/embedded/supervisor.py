@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cli.embedded.leftovers import MARKER
 from cli.embedded.process import (
     ROOT,
     ChildSpec,
@@ -90,14 +91,18 @@ class Supervisor:
     def start(self, spec: ChildSpec) -> None:
         """Starts a child that is to run until `stop_all`; returns when it is ready or raises EmbeddedError."""
         rotate(spec.log)
-        process = spawn(spec, guardian=self._pipe)
+        process = self._spawn(spec)
         self._children.append(Child(spec, process, time.monotonic()))
         self.save_state()
         wait_ready(spec, process)
 
+    def _spawn(self, spec: ChildSpec, *, capture: bool = False) -> subprocess.Popen[bytes]:
+        marked = replace(spec, env={**spec.env, MARKER: str(self.home.root)})
+        return spawn(marked, guardian=self._pipe, capture=capture)
+
     def run_once(self, spec: ChildSpec) -> str:
         """Runs a child to its end and returns what it printed; raises EmbeddedError when it fails."""
-        process = spawn(spec, guardian=self._pipe, capture=True)
+        process = self._spawn(spec, capture=True)
         try:
             printed, _ = process.communicate()
         finally:
@@ -140,7 +145,7 @@ class Supervisor:
 
     def _start_again(self, child: Child) -> None:
         try:
-            child.process = spawn(child.spec, guardian=self._pipe)
+            child.process = self._spawn(child.spec)
             child.started = time.monotonic()
             self.save_state()
         except OSError as error:

@@ -25,7 +25,8 @@ def valkey_spec(data_dir: Path, socket_dir: Path, log: Path) -> ChildSpec:
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = private_socket_dir(socket_dir) / SOCKET_NAME
     network = ["--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
-    storage = ["--dir", str(data_dir), "--appendonly", "yes", "--save", ""]
+    # A title would overwrite the arguments and the environment by which a leftover server is recognised.
+    storage = ["--set-proc-title", "no", "--dir", str(data_dir), "--appendonly", "yes", "--save", ""]
     return ChildSpec(
         name="valkey",
         argv=[str(find_program()), *network, *storage, "--maxmemory-policy", "noeviction"],

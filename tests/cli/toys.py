@@ -30,6 +30,9 @@ def connect() -> psycopg.Connection:
 
 
 def migrate() -> None:
+    if Path(os.environ["DEPOT_WORK_DIR"], "schema-too-new").exists():
+        sys.stderr.write("the schema is newer than this release\n")
+        sys.exit(3)
     with connect() as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS starts (id serial PRIMARY KEY)")
         connection.execute("CREATE TABLE IF NOT EXISTS keys (key text PRIMARY KEY)")
@@ -65,6 +68,7 @@ def worker() -> None:
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, drain)
+    Path(os.environ["DEPOT_WORK_DIR"], str(os.getpid())).touch()
     while True:
         time.sleep(60)
 

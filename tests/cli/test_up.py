@@ -1,0 +1,347 @@
+"""`lora-depot up` with a real Postgres and Valkey, and toys in place of api and worker."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+
+from cli.embedded.leftovers import MARKER
+from cli.embedded.postgres import postgres_url
+from cli.embedded.process import ROOT, is_alive
+from cli.home import Home
+from tests.cli.clusters import copy_cluster
+
+DEADLINE = 90.0
+PARTS = {"postgres", "valkey", "api", "worker"}
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so: {what}"
+        time.sleep(0.05)
+
+
+class Depot:
+    """One home, the `up` processes that were started on it, and a look at what runs for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root)
+        self.output = root.parent / "output"
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def up(self, *arguments: str, ready: bool = True) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "tests.cli.toys", "up", str(self.home.root), *arguments]
+        with self.output.open("ab") as output:
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        self.started.append(process)
+        if ready:
+            wait_for(lambda: self.state().get("url") or process.poll() is not None, "ready or ended")
+            assert process.poll() is None, self.said()
+            working = self.home.work / str(self.children()["worker"])
+            wait_for(working.exists, "the worker works")
+        return process
+
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def state(self) -> dict:
+        try:
+            state = json.loads(self.home.state.read_text())
+        except FileNotFoundError:
+            return {}
+        # A killed supervisor leaves its state behind.
+        running = [process.pid for process in self.started if process.poll() is None]
+        return state if state["pid"] in running else {}
+
+    def children(self) -> dict[str, int]:
+        return self.state().get("children", {})
+
+    def guardian(self) -> psutil.Process:
+        (found,) = [p for p in self.processes() if "cli.embedded.guardian" in p.cmdline()]
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs for this home: the supervisor, the guardian (both hold the lock) and every child."""
+        return [process for process in psutil.process_iter() if self.owns(process)]
+
+    def owns(self, process: psutil.Process) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            words = process.cmdline()
+            marked = process.environ().get(MARKER) == str(self.home.root)
+            return (
+                marked or str(self.home.root) in words or str(self.home.postgres) in words or self.holds_lock(process)
+            )
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+
+    def holds_lock(self, process: psutil.Process) -> bool:
+        return any(file.path == str(self.home.lock) for file in process.open_files())
+
+    def query(self, statement: str) -> tuple | None:
+        url = postgres_url(self.home.sockets).replace("+psycopg", "")
+        with psycopg.connect(url, autocommit=True) as connection:
+            return connection.execute(statement).fetchone()
+
+    def stop(self, process: subprocess.Popen[bytes], number: int = signal.SIGINT) -> int:
+        process.send_signal(number)
+        return process.wait(DEADLINE)
+
+
+@pytest.fixture
+def depot(tmp_path: Path) -> Iterator[Depot]:
+    root = tmp_path / "home"
+    root.mkdir(mode=0o700)
+    copy_cluster(root / "pg")
+    yield from clean(Depot(root))
+
+
+def clean(depot: Depot) -> Iterator[Depot]:
+    yield depot
+    for process in depot.processes():
+        process.kill()
+    for started in depot.started:
+        started.wait()
+
+
+def test_everything_starts_and_stops_and_keeps_its_data(depot: Depot) -> None:
+    for count in (1, 2):
+        process = depot.up()
+        assert set(depot.children()) == PARTS
+        assert depot.query("SELECT count(*) FROM starts") == (count,)
+        assert depot.query("SELECT count(*) FROM keys") == (1,)
+        client = json.loads(depot.home.client.read_text())
+        assert client["url"] == depot.state()["url"]
+        assert depot.query(f"SELECT 1 FROM keys WHERE key = '{client['api_key']}'") == (1,)
+        assert depot.stop(process, signal.SIGINT if count == 1 else signal.SIGTERM) == 0
+        assert depot.processes() == []
+        assert (depot.home.work / "drained").exists()
+        assert not depot.home.state.exists()
+    assert "database system is shut down" in depot.home.log("postgres").read_text()
+    assert client["url"] in depot.said()
+    assert client["api_key"] not in depot.said() + depot.home.log("create-key").read_text()
+
+
+def test_a_key_that_the_service_refuses_is_replaced(depot: Depot) -> None:
+    depot.stop(depot.up())
+    first = json.loads(depot.home.client.read_text())["api_key"]
+    depot.home.client.write_text(json.dumps({"url": "", "api_key": "ld_of_another_database"}))
+    depot.up()
+    assert json.loads(depot.home.client.read_text())["api_key"] not in (first, "ld_of_another_database")
+
+
+def test_everything_below_home_is_private_and_nothing_above_it_changes(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    before = {parent: parent.stat().st_mode for parent in (closed, *closed.parents)}
+    for depot in clean(Depot(closed / "home")):
+        depot.up()
+        depot.stop(depot.started[0])
+        paths = [depot.home.root, *depot.home.root.rglob("*")]
+        open_to_others = [p for p in paths if p.exists() and p.stat().st_mode & 0o077]
+        # Valkey creates its own files; its directory is closed.
+        assert [p for p in open_to_others if depot.home.valkey not in p.parents] == []
+        assert stat.S_IMODE(depot.home.client.stat().st_mode) == 0o600
+        assert stat.S_IMODE((depot.home.root / "secret").stat().st_mode) == 0o600
+    assert {parent: parent.stat().st_mode for parent in before} == before
+
+
+def test_a_second_up_says_where_the_first_runs_and_harms_nothing(depot: Depot) -> None:
+    depot.up()
+    children, url = depot.children(), depot.state()["url"]
+    second = depot.up(ready=False)
+    assert second.wait(DEADLINE) == 1
+    assert f"already running at {url}" in depot.said()
+    assert f"pid {depot.started[0].pid}" in depot.said()
+    assert depot.children() == children
+    assert depot.query("SELECT count(*) FROM starts") == (1,)
+
+
+def test_kill_9_of_the_supervisor_leaves_no_process(depot: Depot) -> None:
+    process = depot.up()
+    guardian = depot.guardian()
+    process.kill()
+    process.wait()
+    wait_for(lambda: not depot.processes(), "nothing runs")
+    assert not is_alive(guardian.pid)
+    assert (depot.home.work / "drained").exists()
+    assert "database system is shut down" in depot.home.log("postgres").read_text()
+
+
+def test_a_new_up_waits_for_the_clean_up_after_a_killed_one(depot: Depot) -> None:
+    first = depot.up()
+    old = set(depot.children().values())
+    os.kill(depot.children()["worker"], signal.SIGSTOP)  # it cannot stop when asked: the clean-up takes a while
+    first.kill()
+    first.wait()
+    depot.up()
+    assert "Waiting for an earlier run" in depot.said()
+    assert not any(is_alive(pid) for pid in old)
+    assert depot.query("SELECT count(*) FROM starts") == (2,)
+
+
+def test_kill_9_while_starting_leaves_no_process(depot: Depot) -> None:
+    for name in ("postgres", "valkey", "api"):
+        process = depot.up(ready=False)
+        wait_for(lambda name=name: name in depot.children(), f"{name} has started")
+        process.kill()
+        process.wait()
+        wait_for(lambda: not depot.processes(), "nothing runs")
+    depot.up()
+
+
+def test_kill_9_in_the_middle_of_initdb_is_recovered(depot: Depot) -> None:
+    shutil.rmtree(depot.home.postgres)
+    process = depot.up(ready=False)
+    wait_for(lambda: list(depot.home.root.glob(".pg-new-*/PG_VERSION")), "initdb has begun")
+    process.kill()
+    process.wait()
+    assert not depot.home.postgres.exists()
+    depot.up()
+    assert depot.query("SELECT count(*) FROM starts") == (1,)
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_a_killed_child_is_started_again(depot: Depot, name: str) -> None:
+    depot.up()
+    killed = depot.children()[name]
+    os.kill(killed, signal.SIGKILL)
+    wait_for(lambda: depot.children().get(name) not in (None, killed), f"{name} runs again")
+    wait_for(lambda: depot.query("SELECT count(*) FROM starts") == (1,) if name != "postgres" else True, "data")
+    assert f"{name} stopped (killed by SIGKILL); starting it again in 1 s" in depot.said()
+    assert depot.stop(depot.started[0]) == 0
+    assert depot.processes() == []
+
+
+def test_a_killed_guardian_is_replaced_and_its_successor_knows_the_children(depot: Depot) -> None:
+    process = depot.up()
+    first = depot.guardian().pid
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: [p for p in depot.processes() if depot_guardian(p) and p.pid != first], "a new guardian")
+    process.kill()
+    process.wait()
+    wait_for(lambda: not depot.processes(), "nothing runs")
+
+
+def depot_guardian(process: psutil.Process) -> bool:
+    try:
+        return "cli.embedded.guardian" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_killed_supervisor_and_guardian_leave_is_ended_by_the_next_up(depot: Depot) -> None:
+    process = depot.up()
+    old = set(depot.children().values())
+    guardian = depot.guardian()
+    process.send_signal(signal.SIGSTOP)  # it must not replace the guardian
+    guardian.kill()
+    process.kill()
+    process.wait()
+    assert any(is_alive(pid) for pid in old)
+    depot.up()
+    assert not any(is_alive(pid) for pid in old)
+    assert depot.query("SELECT count(*) FROM starts") == (2,)
+
+
+def test_kill_9_of_every_process_at_once_loses_nothing(depot: Depot) -> None:
+    process = depot.up()
+    process.send_signal(signal.SIGSTOP)
+    for victim in depot.processes():
+        victim.kill()
+    process.wait()
+    wait_for(lambda: not depot.processes(), "nothing runs")
+    depot.up()
+    assert depot.query("SELECT count(*) FROM starts") == (2,)
+
+
+def test_a_stale_postmaster_pid_of_a_stranger_does_not_stop_the_start(depot: Depot) -> None:
+    depot.stop(depot.up())
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        (depot.home.postgres / "postmaster.pid").write_text(f"{stranger.pid}\n{depot.home.postgres}\n")
+        depot.up()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_second_ctrl_c_kills_what_does_not_stop(depot: Depot) -> None:
+    process = depot.up()
+    os.kill(depot.children()["worker"], signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "Stopping" in depot.said(), "it stops")
+    time.sleep(0.2)
+    assert depot.stop(process) == 0
+    assert "Killing" in depot.said()
+    assert depot.processes() == []
+
+
+def test_ctrl_c_while_starting_stops_cleanly(depot: Depot) -> None:
+    process = depot.up(ready=False)
+    wait_for(lambda: "valkey" in depot.children(), "valkey has started")
+    assert depot.stop(process) == 0
+    assert depot.processes() == []
+
+
+def test_a_port_that_is_taken_is_named(depot: Depot) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert depot.up(str(port), ready=False).wait(DEADLINE) == 1
+        assert f"Port {port} is taken" in depot.said()
+    depot.up(str(port))
+    assert depot.state()["url"] == f"http://127.0.0.1:{port}"
+
+
+def test_two_homes_run_side_by_side(depot: Depot, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir(mode=0o700)
+    copy_cluster(tmp_path / "other" / "pg")
+    for other in clean(Depot(tmp_path / "other")):
+        depot.up()
+        other.up()
+        assert depot.state()["url"] != other.state()["url"]
+        other.stop(other.started[0])
+        assert set(depot.children()) == PARTS
+        assert depot.query("SELECT 1") == (1,)
+
+
+def test_a_child_that_cannot_start_shows_the_end_of_its_log(depot: Depot) -> None:
+    depot.home.work.mkdir()
+    (depot.home.work / "schema-too-new").touch()
+    assert depot.up(ready=False).wait(DEADLINE) == 1
+    assert "migrate failed (exit status 3)" in depot.said()
+    assert "the schema is newer than this release" in depot.said()
+    assert depot.processes() == []
+
+
+def test_a_home_that_others_may_write_in_is_refused(depot: Depot) -> None:
+    depot.home.root.chmod(0o777)
+    assert depot.up(ready=False).wait(DEADLINE) == 1
+    assert f"chmod go-w {depot.home.root}" in depot.said()
+
+
+def test_a_home_with_a_long_and_strange_name_works(tmp_path: Path) -> None:
+    root = tmp_path / ("long" * 30) / "with spaces, $[x] and ü"
+    root.mkdir(parents=True, mode=0o700)
+    copy_cluster(root / "pg")
+    for depot in clean(Depot(root)):
+        depot.up()
+        assert depot.query("SELECT count(*) FROM starts") == (1,)
+        assert depot.stop(depot.started[0]) == 0
+        assert depot.processes() == []
