@@ -56,6 +56,6 @@ def finish(session: Session, job: Job, state: JobState) -> JobState:
     return state
 
 
-def backoff_seconds(first: float, failures: int) -> float:
-    """`first`·2ⁿ for the n-th repeat, at most a quarter of an hour."""
-    return min(LONGEST_BACKOFF_SECONDS, first * 2.0 ** min(failures, 30))
+def backoff_seconds(first: float, failures: int, *, longest: float = LONGEST_BACKOFF_SECONDS) -> float:
+    """`first`·2ⁿ for the n-th repeat, at most `longest`."""
+    return min(longest, first * 2.0 ** min(failures, 30))

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 Send = Callable[[str, uuid.UUID], None]
 FIRST_BACKOFF_SECONDS = 1.0
+LONGEST_BACKOFF_SECONDS = 60.0  # how late a wake-up may be once the broker is back
 
 
 def relay(sessions: SessionFactory, send: Send, *, limit: int = 100) -> int:
@@ -41,7 +42,8 @@ def _relay_one(session: Session, send: Send) -> bool:
         send(row.queue, row.job_id)
     except Exception:  # whatever the broker's client raises, the wake-up was not delivered
         logger.warning("a wake-up for queue %s was not delivered", row.queue, exc_info=True)
-        row.next_at = read_clock(session, ahead_seconds=backoff_seconds(FIRST_BACKOFF_SECONDS, row.attempts))
+        delay = backoff_seconds(FIRST_BACKOFF_SECONDS, row.attempts, longest=LONGEST_BACKOFF_SECONDS)
+        row.next_at = read_clock(session, ahead_seconds=delay)
         row.attempts += 1
         return False
     row.sent_at = read_clock(session)
