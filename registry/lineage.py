@@ -31,8 +31,8 @@ def record(session: Session, *, child: Node, relation: Relation, parent: Node, d
 
 def parents_of(session: Session, child: Node) -> list[LineageEdge]:
     """What `child` was made from. The caller has already shown that the child is its own."""
-    edges = select(LineageEdge).where(LineageEdge.child_kind == child[0], LineageEdge.child_id == child[1])
-    return list(session.scalars(edges.order_by(LineageEdge.relation, LineageEdge.parent_id)))
+    kind, child_id = child
+    return parents_by_child(session, kind, [child_id])[child_id]
 
 
 def children_of(session: Session, parent: Node, *, tenant_id: uuid.UUID) -> list[LineageEdge]:

@@ -57,3 +57,21 @@ def test_an_unknown_relation_is_refused_by_the_schema(session: Session) -> None:
             parent=("file", uuid.uuid4()),
             digest=None,
         )
+
+
+def test_a_page_of_children_gets_each_ones_own_parents(session: Session) -> None:
+    parents, children = [uuid.uuid4() for _ in range(3)], [uuid.uuid4() for _ in range(3)]
+    for child, parent in [(0, 0), (0, 1), (1, 2)]:
+        lineage.record(
+            session,
+            child=("version", children[child]),
+            relation="trained_on",
+            parent=("file", parents[parent]),
+            digest=None,
+        )
+    found = lineage.parents_by_child(session, "version", children)
+    assert {child: {edge.parent_id for edge in edges} for child, edges in found.items()} == {
+        children[0]: {parents[0], parents[1]},
+        children[1]: {parents[2]},
+        children[2]: set(),
+    }
