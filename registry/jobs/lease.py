@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 
 from registry.errors import FenceLost
 from registry.jobs.clock import NOW, in_seconds
+from registry.jobs.conditions import IS_OWNED, IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.moves import finish, lock_owned, requeue
-from registry.jobs.states import OWNED, JobState
+from registry.jobs.states import JobState
 from registry.models import Job, Tenant, fence_seq
 
 
@@ -60,7 +61,7 @@ def heartbeat(
     values: dict[str, Any] = {"lease_expires_at": in_seconds(lease_seconds), "heartbeat_at": NOW}
     if progress is not None:
         values["progress"] = progress
-    owned = (Job.id == job_id, Job.fence == fence, Job.state.in_(OWNED))
+    owned = (Job.id == job_id, Job.fence == fence, IS_OWNED)
     state = session.scalar(
         update(Job).where(*owned).values(values).returning(Job.state), execution_options={"synchronize_session": False}
     )
@@ -79,7 +80,7 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
 
 
 def _claimable(queues: Sequence[str]) -> ColumnElement[bool]:
-    return (Job.state == JobState.QUEUED) & Job.queue.in_(queues) & (Job.run_after <= NOW)
+    return IS_QUEUED & Job.queue.in_(queues) & (Job.run_after <= NOW)
 
 
 def _next_tenant(session: Session, queues: Sequence[str], passed_over: Sequence[uuid.UUID]) -> uuid.UUID | None:
@@ -93,7 +94,7 @@ def _has_room(session: Session, tenant_id: uuid.UUID, *, wait: bool) -> bool:
     max_running = session.scalar(lock.with_for_update(key_share=True, skip_locked=not wait))
     if max_running is None:
         return False
-    running = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.state.in_(OWNED))
+    running = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, IS_OWNED)
     return session.scalars(running).one() < max_running
 
 

@@ -34,5 +34,7 @@ def list_jobs(
     """This tenant's jobs, newest first; with `metadata`, those whose request carries all these pairs."""
     query = select(Job).where(Job.tenant_id == tenant_id, Job.kind == kind)
     if metadata:
+        if any("\0" in text for pair in metadata.items() for text in pair):
+            return Page([], has_more=False)  # Postgres cannot even store it
         query = query.where(Job.request.contains({"metadata": dict(metadata)}))
     return page_by_age(session, query, Job, after=after, limit=limit)

@@ -6,10 +6,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from registry.jobs.clock import NOW, read_clock
+from registry.jobs.conditions import IS_OWNED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.fail import lose_attempt
 from registry.jobs.moves import finish, note_error
-from registry.jobs.states import OWNED, JobState
+from registry.jobs.states import JobState
 from registry.models import Control, Job, fence_seq
 
 ON_HOLD = -1
@@ -44,7 +45,7 @@ def _heartbeats_were_lost(session: Session, last: datetime | None, now: datetime
 def _reap_expired(session: Session, max_infra_failures: int) -> int:
     expired = (
         select(Job)
-        .where(Job.state.in_(OWNED), Job.lease_expires_at < NOW)
+        .where(IS_OWNED, Job.lease_expires_at < NOW)
         .order_by(Job.lease_expires_at)
         .limit(BATCH)
         .with_for_update(skip_locked=True)

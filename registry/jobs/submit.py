@@ -12,6 +12,7 @@ from lora_core.config import match_targets
 from registry.adapters import ensure_adapter
 from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile
 from registry.files import pin_file
+from registry.jobs.conditions import IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.idempotency import Idempotency, reserve
 from registry.jobs.spec import LoraSpec, MergeDtype, MergeSpec, TrainSpec
@@ -102,7 +103,7 @@ def _lock_quota(session: Session, tenant_id: uuid.UUID) -> None:
     """Serialises this tenant's submits, so that counting and inserting are one step."""
     lock = select(Tenant.max_queued).where(Tenant.id == tenant_id).with_for_update(key_share=True)
     limit = session.scalars(lock).one()
-    queued = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, Job.state == JobState.QUEUED)
+    queued = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, IS_QUEUED)
     used = session.scalars(queued).one()
     if used >= limit:
         raise QuotaExceeded(limit=limit, used=used)

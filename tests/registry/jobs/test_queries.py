@@ -36,6 +36,7 @@ def test_only_jobs_with_all_the_metadata_are_listed(session: Session, adapter: A
     make_job(session, adapter)
     page = list_jobs(session, tenant_id=adapter.tenant_id, metadata={"team": "a", "run": "1"}, limit=10)
     assert [job.id for job in page.items] == [first.id]
+    assert list_jobs(session, tenant_id=adapter.tenant_id, metadata={"team": "a\0"}, limit=10).items == []
 
 
 def test_merge_jobs_are_not_fine_tuning_jobs(session: Session, adapter: Adapter) -> None:
