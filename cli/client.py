@@ -1,0 +1,202 @@
+"""A small client of the depot's HTTP API. What is safe to repeat is repeated; nothing else is."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, cast
+from urllib.parse import quote
+
+import httpx
+
+from cli.connection import Connection
+from cli.errors import CommandError, NotConnected, Refused
+from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, Version
+from cli.upload import ProgressFile
+
+RETRIED = frozenset({429, 502, 503, 504})
+WAITS = (0.2, 0.6, 1.5)
+TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+# The server hashes and stores what it received before it answers: minutes, for a large shard.
+UPLOAD_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A short-lived address of one file, and what its bytes must be."""
+
+    url: str
+    sha256: str
+    size: int
+
+
+class Client:
+    """One method per thing a command does. Errors are CommandErrors: Refused by the server, or NotConnected."""
+
+    def __init__(self, connection: Connection, *, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = connection.url
+        self._http = httpx.Client(
+            base_url=connection.url,
+            headers={"Authorization": f"Bearer {connection.api_key}"},
+            timeout=TIMEOUT,
+            transport=transport,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    # ── files and base models ────────────────────────────────────────────────────────────────────
+
+    def upload(self, file: ProgressFile, *, purpose: str) -> FileInfo:
+        """Sends one file, streamed."""
+        form = {"data": {"purpose": purpose}, "files": {"file": (file.filename, file)}, "timeout": UPLOAD_TIMEOUT}
+        return cast(FileInfo, self._call("POST", "/v1/files", repeat=False, **form))
+
+    def files(self, purpose: str | None = None) -> Iterator[FileInfo]:
+        return cast(Iterator[FileInfo], self._pages("/v1/files", {"purpose": purpose, "limit": 1000}))
+
+    def add_base_model(
+        self, name: str, files: Mapping[str, str], *, source: str, revision: str | None
+    ) -> BaseModelInfo:
+        """Registers uploaded files, path → file id, as a base model; the same bytes again change nothing."""
+        body = {"name": name, "source": source, "revision": revision, "files": dict(files)}
+        return cast(BaseModelInfo, self._call("POST", "/v1/base-models", json=body))
+
+    def base_models(self) -> Iterator[BaseModelInfo]:
+        return cast(Iterator[BaseModelInfo], self._pages("/v1/base-models", {"limit": 100}))
+
+    # ── jobs ─────────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, body: Mapping[str, Any], *, idempotency_key: str) -> Job:
+        """Queues a job. With the same key and body it is the same job, however often it is sent."""
+        headers = {"Idempotency-Key": idempotency_key}
+        return cast(Job, self._call("POST", "/v1/fine_tuning/jobs", json=dict(body), headers=headers))
+
+    def jobs(self) -> Iterator[Job]:
+        return cast(Iterator[Job], self._pages("/v1/fine_tuning/jobs", {"limit": 100}))
+
+    def job(self, job_id: str) -> Job:
+        return cast(Job, self._call("GET", f"/v1/fine_tuning/jobs/{_part(job_id)}"))
+
+    def cancel(self, job_id: str) -> Job:
+        return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/cancel"))
+
+    def events(self, job_id: str) -> Iterator[Event]:
+        """Newest first; pages are fetched as they are read."""
+        return cast(Iterator[Event], self._pages(f"/v1/fine_tuning/jobs/{_part(job_id)}/events", {"limit": 200}))
+
+    # ── adapters and merges ──────────────────────────────────────────────────────────────────────
+
+    def adapters(self, search: str | None = None) -> Iterator[Adapter]:
+        return cast(Iterator[Adapter], self._pages("/v1/adapters", {"search": search, "limit": 200}))
+
+    def adapter(self, name: str) -> Adapter:
+        return cast(Adapter, self._call("GET", f"/v1/adapters/{_part(name)}"))
+
+    def versions(self, name: str) -> Iterator[Version]:
+        return cast(Iterator[Version], self._pages(f"/v1/adapters/{_part(name)}/versions", {"limit": 100}))
+
+    def version(self, name: str, ref: str) -> Version:
+        """By number, alias or `latest`."""
+        return cast(Version, self._call("GET", _version(name, ref)))
+
+    def set_alias(self, name: str, alias: str, version: int) -> Alias:
+        path = f"/v1/adapters/{_part(name)}/aliases/{_part(alias)}"
+        return cast(Alias, self._call("PUT", path, json={"version": version}))
+
+    def request_merge(self, name: str, version: int, *, dtype: str) -> Merge:
+        """The merge of this version in this dtype, new or known."""
+        return cast(Merge, self._call("POST", f"{_version(name, str(version))}/merges", json={"dtype": dtype}))
+
+    def merge(self, merge_id: str) -> Merge:
+        return cast(Merge, self._call("GET", f"/v1/merges/{_part(merge_id)}"))
+
+    def version_link(self, name: str, version: int, path: str) -> Link:
+        return self._link(f"{_version(name, str(version))}/files/{quote(path)}")
+
+    def merge_link(self, merge_id: str, path: str) -> Link:
+        return self._link(f"/v1/merges/{_part(merge_id)}/files/{quote(path)}")
+
+    def readiness(self) -> dict[str, str]:
+        """Each part of the service and its state; Refused when one of them fails."""
+        return cast(dict[str, str], self._call("GET", "/readyz")["checks"])
+
+    # ── the wire ─────────────────────────────────────────────────────────────────────────────────
+
+    def _link(self, path: str) -> Link:
+        response = self._send("GET", path)
+        try:
+            url, sha256 = response.headers["location"], response.headers["x-depot-sha256"]
+            size = int(response.headers["x-depot-size"])
+        except (KeyError, ValueError):
+            raise CommandError(f"{self.url} sent no download link; is it a LoRA Depot of this version?") from None
+        return Link(str(httpx.URL(self.url).join(url)), sha256, size)
+
+    def _pages(self, path: str, params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        wanted = {name: value for name, value in params.items() if value is not None}
+        while True:
+            page = self._call("GET", path, params=wanted)
+            yield from page["data"]
+            if not page["has_more"] or not page["data"]:
+                return
+            wanted["after"] = page["last_id"]
+
+    def _call(self, method: str, path: str, *, repeat: bool = True, **kwargs: Any) -> dict[str, Any]:
+        response = self._send(method, path, repeat=repeat, **kwargs)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise CommandError(f"{self.url} does not answer like a LoRA Depot. Check DEPOT_URL.")
+        return answer
+
+    def _send(self, method: str, path: str, *, repeat: bool = True, **kwargs: Any) -> httpx.Response:
+        """The response, below 400. Failures that a repetition may mend are repeated a few times if `repeat`."""
+        for wait in (*WAITS, None):
+            try:
+                response = self._http.request(method, path, **kwargs)
+            except httpx.TransportError as error:
+                if wait is None or not repeat:
+                    raise self._silent(error) from None
+            else:
+                if response.status_code < 400:
+                    return response
+                if wait is None or not repeat or response.status_code not in RETRIED:
+                    raise _refusal(response)
+            time.sleep(wait)
+        raise AssertionError("the last round returns or raises")
+
+    def _silent(self, error: httpx.TransportError) -> CommandError:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return NotConnected(f"No depot answers at {self.url}. Start it with `lora-depot up`, or set DEPOT_URL.")
+        return NotConnected(f"The depot at {self.url} broke off the connection ({type(error).__name__}). Try again.")
+
+
+def _version(name: str, ref: str) -> str:
+    return f"/v1/adapters/{_part(name)}/versions/{_part(ref)}"
+
+
+def _part(text: str) -> str:
+    """One segment of a path: nothing a person types can reach another address."""
+    if text in {"", ".", ".."}:
+        raise CommandError(f"{text!r} is not a name.")
+    return quote(text, safe="")
+
+
+def _refusal(response: httpx.Response) -> Refused:
+    status = response.status_code
+    try:
+        error = response.json()["error"]
+        message, code = str(error["message"]), str(error["code"])
+        details = error.get("details") or {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Refused(f"The server answered with status {status}.", code="http", status=status)
+    if isinstance(failed := details.get("failed"), dict):
+        message += " " + "; ".join(f"{part}: {word}" for part, word in failed.items())
+    return Refused(message, code=code, status=status)
