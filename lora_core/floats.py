@@ -15,6 +15,12 @@ _NATIVE: dict[str, np.dtype[Any]] = {
 FLOATS = frozenset({*_NATIVE, "BF16"})
 
 
+def widen(raw: Array, dtype: str) -> Array:
+    """uint8 bytes of `dtype` numbers → fresh float64, exact."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return _numbers(raw, dtype, np.empty(raw.size // 2, np.uint32)).astype(np.float64)
+
+
 class Scratch:
     """Buffers for `size` numbers, used again and again: fresh memory would cost more than the arithmetic."""
 
@@ -27,14 +33,7 @@ class Scratch:
 
     def widen(self, raw: Array, dtype: str, out: Array) -> Array:
         """uint8 bytes of `dtype` numbers → the first of `out` (float64), exact."""
-        if dtype == "BF16":
-            half = raw.view(np.uint16)
-            bits = self._bits[: half.size]
-            np.copyto(bits, half)
-            np.left_shift(bits, 16, out=bits)
-            numbers: Array = bits.view(np.float32)
-        else:
-            numbers = raw.view(_NATIVE[dtype])
+        numbers = _numbers(raw, dtype, self._bits)
         with np.errstate(invalid="ignore"):  # a signalling NaN
             np.copyto(out[: numbers.size], numbers)
         return out[: numbers.size]
@@ -77,3 +76,14 @@ class Scratch:
         np.add(bits, pattern, out=bits)
         np.right_shift(bits, 16, out=bits)
         return bits.astype(np.uint16)
+
+
+def _numbers(raw: Array, dtype: str, bits: Array) -> Array:
+    """A view of `raw` as numbers that numpy knows; bfloat16, the upper half of a float32, takes shape in `bits`."""
+    if dtype != "BF16":
+        return raw.view(_NATIVE[dtype])
+    half = raw.view(np.uint16)
+    bits = bits[: half.size]
+    np.copyto(bits, half)
+    np.left_shift(bits, 16, out=bits)
+    return bits.view(np.float32)

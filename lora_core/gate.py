@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_core.config import MAX_CONFIG_BYTES, LoraConfig, match_targets
 from lora_core.errors import BadAdapter, BadConfig, KeyMismatch, NonFinite, ShapeMismatch, UnknownTargetModules
-from lora_core.floats import FLOATS, Array, Scratch
-from lora_core.header import ADAPTER_HEADER_BYTES, ITEM_BYTES, Header, TensorInfo, read_header
+from lora_core.floats import FLOATS, Array, widen
+from lora_core.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header
 from lora_core.shards import ByteReader
 
 CONFIG_FILE = "adapter_config.json"
@@ -79,8 +79,7 @@ def adapter_pairs(header: Header, config: LoraConfig) -> dict[str, Pair]:
 def read_factor(reader: ByteReader, header: Header, tensor: TensorInfo) -> Array:
     """One factor as float64. NaN and infinity are NonFinite."""
     raw = reader.read(header.data_start + tensor.begin, tensor.end - tensor.begin)
-    values = np.empty(len(raw) // ITEM_BYTES[tensor.dtype], np.float64)
-    Scratch(values.size).widen(raw, tensor.dtype, values)
+    values = widen(raw, tensor.dtype)
     if not np.isfinite(values).all():
         raise NonFinite(f"{tensor.name} holds NaN or infinity", tensor=tensor.name)
     return values.reshape(tensor.shape)

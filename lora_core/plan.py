@@ -1,18 +1,19 @@
 """Which tensor of an adapter goes to which tensor of a base: known from headers, before any arithmetic."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_core.config import LoraConfig
+from lora_core.config import OUTPUT_LAYER, LoraConfig
 from lora_core.errors import BadBase, KeyMismatch, ShapeMismatch
 from lora_core.floats import FLOATS
 from lora_core.gate import Pair, adapter_pairs, read_adapter_config, read_adapter_header
 from lora_core.header import Header, TensorInfo
 from lora_core.shards import ShardIndex, open_checkpoint
 
-_TIED = ("lm_head", "embed_tokens", "embed_out", "wte")
+_EMBEDDINGS = ("embed_tokens", "wte")
+_OUTPUT_LAYERS = (OUTPUT_LAYER, "embed_out")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
     config = read_adapter_config(adapter_dir)
     header = read_adapter_header(adapter_dir)
     pairs = adapter_pairs(header, config)
-    _refuse_tied(base_dir, pairs)
+    _check_embeddings(base_dir, pairs)
     tensors = index.tensors()
     names = checkpoint_names(list(pairs), tensors)
     for path, pair in pairs.items():
@@ -75,9 +76,12 @@ def _check_fit(tensor: TensorInfo, shape: tuple[int, int]) -> None:
         raise BadBase(f"{tensor.name} is {tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged into")
 
 
-def _refuse_tied(base_dir: Path, paths: Mapping[str, Pair]) -> None:
-    # One matrix serves input and output: adding to it would change both, and the adapter was trained on one.
+def _check_embeddings(base_dir: Path, paths: Iterable[str]) -> None:
     tied = json.loads((base_dir / "config.json").read_bytes()).get("tie_word_embeddings", False)
-    touched = sorted(path for path in paths if path.rpartition(".")[2] in _TIED)
-    if tied and touched:
-        raise KeyMismatch(f"the base ties its input and output layer, and the adapter changes {touched[0]}")
+    for path in paths:
+        name = path.rpartition(".")[2]
+        if name in _EMBEDDINGS:
+            raise KeyMismatch(f"{path} is an embedding, whose factors have other names and another layout")
+        # One matrix serves input and output: adding to it would change both, and the adapter was trained on one.
+        if tied and name in _OUTPUT_LAYERS:
+            raise KeyMismatch(f"the base ties its input and output layer, and the adapter changes {path}")

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lora_core import merge as merging
+from lora_core.config import LoraConfig
 from lora_core.errors import BadBase, KeyMismatch, NonFinite, ShapeMismatch
+from lora_core.header import encode_header
 from lora_core.merge import merge
 from lora_core.plan import plan_merge
 from tests.lora_core.adapters import TOKENS, logits, make_peft_adapter
@@ -269,6 +271,52 @@ def test_an_output_layer_shared_with_the_embedding_is_refused(tmp_path, llama):
         plan_merge(tied, adapter)
     merge(llama, adapter, tmp_path / "out")  # a base with its own output layer takes it
     assert not torch.equal(weights(llama)["lm_head.weight"], weights(tmp_path / "out")["lm_head.weight"])
+
+
+def test_an_embedding_is_not_taken_for_a_linear_layer(tmp_path, llama):
+    adapter = make_peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_model.safetensors"
+    save_file(
+        {name.replace("layers.0.self_attn.q_proj", "embed_tokens"): t for name, t in load_file(path).items()}, path
+    )
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj", "embed_tokens"]}))
+    with pytest.raises(KeyMismatch, match="embed_tokens is an embedding"):
+        plan_merge(llama, adapter)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from lora_core.merge import merge
+base, adapter, out = map(Path, sys.argv[1:])
+merge(base, adapter, out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    def peak_kilobytes(layers: int) -> int:
+        folder = tmp_path / str(layers)
+        for part in ("base", "adapter"):
+            (folder / part).mkdir(parents=True)
+        (folder / "base" / "config.json").write_text("{}")
+        write_zeros(folder / "base" / "model.safetensors", {f"l.{i}.q.weight": (1024, 1024) for i in range(layers)})
+        factors = {f"base_model.model.l.{i}.q.lora_A.weight": (1, 1024) for i in range(layers)}
+        factors |= {f"base_model.model.l.{i}.q.lora_B.weight": (1024, 1) for i in range(layers)}
+        write_zeros(folder / "adapter" / "adapter_model.safetensors", factors)
+        config = LoraConfig(r=1, target_modules=("q",)).to_peft_json()
+        (folder / "adapter" / "adapter_config.json").write_bytes(config)
+        arguments = [sys.executable, "-c", MEASURE, folder / "base", folder / "adapter", folder / "out"]
+        done = subprocess.run(arguments, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, check=True)
+        return int(done.stdout)
+
+    def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        head, header = encode_header([(name, "F32", shape) for name, shape in shapes.items()], {})
+        path.write_bytes(head)
+        os.truncate(path, header.file_bytes)
+
+    assert peak_kilobytes(24) < peak_kilobytes(2) + 16 * 1024  # 96 MiB and 8 MiB of weights
 
 
 def test_a_tied_base_merges_and_stays_tied(tmp_path):
