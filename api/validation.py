@@ -58,7 +58,7 @@ def _path(finding: ErrorDetails, body: Any) -> str:
         if _holds(value, step):
             value = value[step]
         elif not (finding["type"] == "missing" and isinstance(value, dict)):
-            break
+            continue  # the name of a branch
         steps.append(str(step)[:80])
     return ".".join(steps)
 
