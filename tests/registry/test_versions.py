@@ -102,6 +102,15 @@ class TestResolve:
         with pytest.raises(VersionNotFound):
             resolve_version(session, tenant_id=tenant.id, name="other", ref="prod")
 
+    def test_one_alias_name_in_two_adapters_names_each_ones_own(
+        self, session: Session, tenant: Tenant, adapter: Adapter
+    ) -> None:
+        other = make_adapter(session, tenant, name="other")
+        for owner in (adapter, other):
+            version = make_version(session, owner)
+            set_alias(session, owner, name="prod", version=1)
+            assert resolve_version(session, tenant_id=tenant.id, name=owner.name, ref="prod") is version
+
     def test_files_come_with_the_version(self, session: Session, tenant: Tenant, adapter: Adapter) -> None:
         make_version(session, adapter)
         session.expunge_all()
