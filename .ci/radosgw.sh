@@ -10,7 +10,11 @@ wait_seconds=120
 die() { echo "radosgw.sh: $*" >&2; exit 1; }
 
 install_packages() {
-  command -v ceph-mon ceph-osd ceph-mgr radosgw radosgw-admin >/dev/null && return
+  local tool missing=""
+  for tool in ceph ceph-mon ceph-osd ceph-mgr radosgw radosgw-admin; do
+    command -v "$tool" >/dev/null || missing=yes
+  done
+  [ "$missing" ] || return 0
   command -v apt-get >/dev/null || die "needs Debian's ceph packages, and there is no apt-get here"
   local sudo=""
   [ "$(id -u)" = 0 ] || sudo="sudo"
@@ -68,7 +72,7 @@ mon allow pool size one = true
 CONF
 mkdir "$dir/mon" "$dir/mgr" "$dir/osd"
 
-ceph-authtool --create-keyring "$dir/keyring" >"$dir/mkfs.out"
+ceph-authtool --create-keyring "$dir/keyring" >"$dir/mkfs.out" 2>&1
 for who in mon. mgr.a osd.0 client.admin; do
   ceph-authtool "$dir/keyring" -n "$who" --gen-key --cap mon "allow *" --cap mgr "allow *" --cap osd "allow *"
 done

@@ -28,7 +28,8 @@ _STALE_SECONDS = 24 * 3600
 class LocalStore:
     """An ObjectStore in `directory`, whose links are answered by the API at `public_url`.
 
-    Several processes may share the directory. Symbolic links inside it are never followed."""
+    Several processes may share the directory. Symbolic links inside it are never followed. Its file system
+    needs hard links, which is how a name is taken without ever replacing what has it."""
 
     def __init__(self, directory: Path, *, secret: bytes, public_url: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -85,20 +86,20 @@ class LocalStore:
             path.unlink()
             sync_directory(path.parent)
         with suppress(OSError):  # the first folder that still holds something ends it
-            for folder in [self._root / parent for parent in path.relative_to(self._root).parents]:
-                folder.rmdir()
+            for folder in path.relative_to(self._root).parents:
+                (self._root / folder).rmdir()
 
     def list(self, prefix: str) -> Iterator[ObjectStat]:
         folder = self._root / check_prefix(prefix).rpartition("/")[0]
         with _outages(self._incoming, prefix):
             self._incoming.stat()
         for place, folders, names in os.walk(folder, onerror=_stop_walk):
-            folders[:] = filter(is_key, folders)
+            folders[:] = filter(is_key, folders)  # not .incoming, and not a file system's lost+found
             for name in names:
                 file = Path(place, name)
                 key = file.relative_to(self._root).as_posix()
-                if is_key(key) and key.startswith(prefix):
-                    with suppress(ObjectMissing, ValueError):  # deleted meanwhile; a symbolic link
+                if key.startswith(prefix):
+                    with suppress(ObjectMissing, ValueError):  # deleted meanwhile; no key, or a symbolic link
                         yield self.stat(key)
 
     def link(self, key: str, *, filename: str, seconds: int) -> str:

@@ -43,7 +43,9 @@ class S3Store:
     """An ObjectStore in `bucket` under `prefix`.
 
     Links are signed for `public_endpoint_url`, the address clients reach. Without keys, boto3 looks for
-    credentials in its usual places. `part_bytes` (S3 wants ≥ 5 MiB) and `page_size` suit real stores."""
+    credentials in its usual places; they need ListBucket, or S3 answers 403 for what is not there.
+    Nobody arbitrates between two writers racing for one key with different bytes: `blob_key` keeps
+    writers apart. `part_bytes` (S3 wants ≥ 5 MiB) and `page_size` suit real stores."""
 
     def __init__(
         self,

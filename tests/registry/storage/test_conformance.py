@@ -185,6 +185,7 @@ BAD_KEYS = [
     "a/",
     "A",
     "a b",
+    "a..b",
     "a\n",
     ".incoming/x",
     "a/.b",

@@ -102,6 +102,24 @@ def test_a_put_survives_deletes_that_prune_its_folder(store: LocalStore, tmp_pat
     assert list(store.list("")) == []
 
 
+def test_a_put_makes_its_folder_again_when_a_delete_took_it(
+    store: LocalStore, root: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def link_after_prune(part: Path, target: Path) -> None:
+        attempts.append(target)
+        if len(attempts) == 1:
+            target.parent.rmdir()
+        link(part, target)
+
+    link = os.link
+    monkeypatch.setattr(os, "link", link_after_prune)
+    store.put(sample.key, sample.path, **sample.facts)
+    assert attempts == [root / sample.key] * 2
+    assert store.stat(sample.key).size == sample.size
+
+
 def test_delete_leaves_no_empty_folders(store: LocalStore, root: Path, sample: Sample) -> None:
     store.put(sample.key, sample.path, **sample.facts)
     store.delete(sample.key)
@@ -127,6 +145,16 @@ def test_an_empty_mount_point_is_an_outage_and_not_missing_objects(
     for call in operations(store, sample.key, sample).values():
         with pytest.raises(StorageUnavailable):
             call()
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_outage(store: LocalStore, root: Path, tmp_path: Path) -> None:
+    sample = make_sample(tmp_path, 3 * 2**20)
+    store.put(sample.key, sample.path, **sample.facts)
+    chunks = store.open(sample.key)
+    assert len(next(chunks)) == 2**20
+    os.truncate(root / sample.key, 2**20 + 10)
+    with pytest.raises(StorageUnavailable, match="broke off"):
+        list(chunks)
 
 
 def test_a_full_disk_is_an_outage_and_leaves_nothing(store: LocalStore, root: Path, sample: Sample) -> None:
