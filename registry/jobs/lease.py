@@ -123,6 +123,7 @@ def _take(
             lease_expires_at=in_seconds(lease_seconds),
             heartbeat_at=NOW,
             started_at=func.coalesce(Job.started_at, NOW),
+            progress=None,
             error_class=None,
             error_code=None,
             error_message=None,

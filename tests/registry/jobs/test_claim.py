@@ -125,9 +125,11 @@ def test_claim_takes_the_most_urgent_due_job_of_its_queues(sessions: SessionFact
     assert last is not None and last.id == later.id
 
 
-def test_claim_clears_the_error_of_the_last_attempt(sessions: SessionFactory) -> None:
+def test_claim_clears_what_the_last_attempt_left(sessions: SessionFactory) -> None:
     with transaction(sessions) as session:
         adapter = make_adapter(session, make_tenant(session))
-        make_job(session, adapter, error_class="infra", error_code="worker_lost", error_message="gone")
+        left = {"error_class": "infra", "error_code": "worker_lost", "error_message": "gone", "progress": {"step": 3}}
+        make_job(session, adapter, **left)
     job = claim_one(sessions)
-    assert job is not None and (job.error_class, job.error_code, job.error_message) == (None, None, None)
+    assert job is not None
+    assert (job.error_class, job.error_code, job.error_message, job.progress) == (None, None, None, None)
