@@ -5,7 +5,7 @@ import errno
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from registry.errors import ArtifactCorrupt, DepotError, Unavailable
+from registry.errors import ArtifactCorrupt, DepotError, ObjectMissing, Unavailable
 from worker.protocol import ErrorClass
 
 
@@ -34,7 +34,7 @@ def as_failure(error: Exception) -> JobFailed:
     """What to write on the job for an exception that nobody expected."""
     if isinstance(error, JobFailed):
         return error
-    if isinstance(error, ArtifactCorrupt):
+    if isinstance(error, ArtifactCorrupt | ObjectMissing):
         return JobFailed("infra", error.code, error.message)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return JobFailed("infra", "disk_full", "The worker's disk is full. The job is tried again.")

@@ -1,6 +1,5 @@
 """What every slot of one worker shares. Values only: settings end at `worker.app`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,9 +7,6 @@ from registry.db import SessionFactory
 from registry.storage import ObjectStore
 from worker.base_cache import BaseCache
 from worker.workspace import WorkDir
-
-# -P keeps the working directory, which holds files of tenants, off the import path.
-CHILD_ARGV = (sys.executable, "-P", "-m", "worker.child")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +23,5 @@ class Host:
     heartbeat_seconds: float
     max_infra_failures: int
     threads: int
-    grace_seconds: float = 10.0
-    child_argv: Sequence[str] = CHILD_ARGV
+    grace_seconds: float
+    child_argv: Sequence[str]

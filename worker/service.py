@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from worker.host import Host
 from worker.housekeeping import Chore, make_reaper, make_relay
 from worker.runner import Runner
 from worker.workspace import WorkDir
+
+# -P keeps the working directory, which holds files of tenants, off the import path.
+CHILD_ARGV = (sys.executable, "-P", "-m", "worker.child")
+GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,8 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
         heartbeat_seconds=settings.heartbeat_seconds,
         max_infra_failures=settings.max_infra_failures,
         threads=max(1, cpu_count() // settings.slots),
+        grace_seconds=GRACE_SECONDS,
+        child_argv=CHILD_ARGV,
     )
     dispatcher = CeleryDispatcher(settings.redis_url)
     chores = (

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from registry.base_models import base_files
 from registry.errors import FileNotFound, VersionNotFound
 from registry.jobs.spec import MergeSpec, TrainSpec
-from registry.models import BaseModel, BaseModelFile, Blob, File, Job, Version, VersionFile
+from registry.models import BaseModel, Blob, File, Job, Version, VersionFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,7 @@ def merge_inputs(session: Session, job: Job) -> MergeInputs:
 
 def _base(session: Session, base_model_id: uuid.UUID) -> BaseInput:
     base = session.get_one(BaseModel, base_model_id)
-    query = select(BaseModelFile).where(BaseModelFile.base_model_id == base_model_id).order_by(BaseModelFile.path)
-    files = tuple(_stored(file.path, file.blob) for file in session.scalars(query))
+    files = tuple(_stored(file.path, file.blob) for file in base_files(session, base_model_id))
     return BaseInput(base.name, base.revision, base.digest, files)
 
 

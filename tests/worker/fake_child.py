@@ -1,0 +1,90 @@
+"""Stands in for `worker.child` where a test needs a certain ending and no torch. `spec.seed` of the job chooses it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+SUCCEED, LONG, DEAF, HOSTILE, CRASH, KILLED, REFUSE, BROKEN, BREED, LOUD, LINK = range(11)
+
+
+def say(**message: Any) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def step(number: int, total: int = 3) -> None:
+    say(type="step", step=number, total_steps=total, loss=1.0 / number, learning_rate=0.1)
+
+
+def finish(adapter: Path, out: Path) -> None:
+    shutil.copytree(adapter, out)
+    say(type="result", metrics={"train_loss": 0.5}, trained_tokens=7)
+
+
+def be_hostile() -> None:
+    sys.stdout.write("not json\n" + "[" * 50_000 + "\n" + '{"type": "step", "step": "1"}\n')
+    sys.stdout.write('{"type": "step", "step": 2, "total_steps": 3, "loss": NaN}\n')
+    sys.stdout.write('{"type": "grant", "lease": true}\n{"type": "phase", "phase": "owned"}\n')
+    sys.stdout.write('{"type": "note", "message": "' + "x" * 300_000 + '"}\n')
+    sys.stdout.buffer.write(b"\xff\xfe\0\n" + b"y" * 3_000_000)
+    sys.stdout.write("\n")
+    say(type="note", message="a NUL \0 and a control \x1b[31m in a note")
+    sys.stdout.flush()
+
+
+def wait_for_ever() -> None:
+    step(1)
+    number = 1
+    while True:
+        time.sleep(0.05)
+        number += 1
+        step(number, 10**6)
+
+
+def main(adapter: Path, workspace: Path) -> int:
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(75)), daemon=True).start()
+    task = json.loads((workspace / "task.json").read_text())
+    out = workspace / "out"
+    mode = task["spec"]["seed"]
+    say(type="phase", phase="training", total_steps=3)
+    if mode == LONG:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+        wait_for_ever()
+    if mode == DEAF:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        wait_for_ever()
+    if mode == CRASH:
+        sys.stderr.write("Traceback: it broke\n")
+        return 3
+    if mode == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == REFUSE:
+        say(type="error", error_class="user", code="invalid_training_file", message="Line 3 has no answer.")
+        return 1
+    if mode == HOSTILE:
+        be_hostile()
+    if mode == BREED:
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if mode == LOUD:
+        for _ in range(12):
+            sys.stderr.write("z" * 2**20)
+    for number in (1, 2, 3):
+        step(number)
+    finish(adapter, out)
+    if mode == BROKEN:
+        (out / "adapter_model.safetensors").write_bytes(b"nothing")
+    if mode == LINK:
+        (out / "adapter_model.safetensors").unlink()
+        (out / "adapter_model.safetensors").symlink_to("/etc/passwd")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,70 @@
+"""The worker as it is run in production: a Celery process on real Postgres and real Valkey."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from registry.dispatch import CeleryDispatcher
+from registry.jobs.outbox import relay
+from tests.worker.conftest import StartWorker
+from tests.worker.depot import ROOT, Depot, connect_redis, is_alive, metrics_of, wait_until, worker_env
+from tests.worker.fake_child import LONG, SUCCEED
+
+
+def test_sigterm_gives_the_job_back_without_a_penalty(depot: Depot, start_worker: StartWorker) -> None:
+    worker = start_worker()
+    job_id = depot.submit(seed=LONG)
+    wait_until(lambda: metrics_of(depot.events(job_id)))
+    (child,) = worker.children()
+    assert worker.terminate() == 0
+    job = depot.job(job_id)
+    assert (job.state, job.infra_failures, job.attempt) == ("queued", 0, 1)
+    assert not is_alive(child)
+
+    start_worker()
+    wait_until(lambda: depot.job(job_id).attempt == 2 and depot.job(job_id).state == "running")
+
+
+def test_kill_of_the_worker_ends_its_trainer(depot: Depot, start_worker: StartWorker) -> None:
+    worker = start_worker()
+    job_id = depot.submit(seed=LONG)
+    wait_until(lambda: metrics_of(depot.events(job_id)))
+    (child,) = worker.children()
+    worker.kill()
+    wait_until(lambda: not is_alive(child), what="the trainer to notice that its supervisor is dead")
+
+
+def test_flushing_redis_loses_no_job(depot: Depot, start_worker: StartWorker, valkey_url: str) -> None:
+    jobs = [depot.submit(seed=SUCCEED, adapter=f"bot-{number}") for number in range(3)]
+    assert relay(depot.sessions, CeleryDispatcher(valkey_url).send) == len(jobs)
+    with connect_redis(valkey_url) as client:
+        assert client.llen("default") == len(jobs)
+        client.flushall()
+    start_worker()
+    wait_until(lambda: depot.states(jobs) == {"succeeded"})
+
+
+def test_an_idle_worker_is_woken_through_redis(depot: Depot, start_worker: StartWorker) -> None:
+    start_worker(poll_seconds=3600)
+    for number in (1, 2):  # the first may be found by the look that every slot starts with
+        job_id = depot.submit(seed=SUCCEED, adapter=f"bot-{number}")
+        wait_until(lambda job_id=job_id: depot.job(job_id).state == "succeeded")
+
+
+def test_without_redis_jobs_run_by_polling_and_the_worker_still_stops(
+    depot: Depot, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = start_worker(redis_url=f"redis+socket://{tmp_path}/nobody.sock")
+    job_id = depot.submit(seed=SUCCEED)
+    wait_until(lambda: depot.job(job_id).state == "succeeded")
+    assert worker.terminate() == 0
+
+
+def test_the_worker_process_never_imports_torch(tmp_path: Path) -> None:
+    nowhere = "postgresql+psycopg://nobody@/nothing"
+    env = worker_env(database_url=nowhere, redis_url="redis://127.0.0.1:1/0", objects=tmp_path, home=tmp_path)
+    code = (
+        "import sys, worker.app; sys.exit(' '.join({'torch', 'transformers', 'tokenizers'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,97 @@
+"""The real trainer and the real merge under the real worker: what comes out, others can load."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from sqlalchemy import select
+from transformers import AutoModelForCausalLM
+
+from registry.db import transaction
+from registry.merges import request_merge
+from registry.models import Merge, MergeFile, Version, VersionFile
+from tests.worker.conftest import StartWorker
+from tests.worker.depot import BASE_NAME, Depot, is_alive, metrics_of, wait_until
+
+APP = "worker.app"
+
+
+def download(depot: Depot, rows: list[Any], folder: Path) -> Path:
+    folder.mkdir()
+    for row in rows:
+        depot.store.fetch(row.blob.key, folder / row.path, sha256=row.blob.sha256, size=row.blob.size)
+    return folder
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 40).unsqueeze(0)).logits
+
+
+def test_a_job_becomes_an_adapter_and_a_merge_that_others_load(
+    depot: Depot, start_worker: StartWorker, base_dir: Path, tmp_path: Path
+) -> None:
+    start_worker(APP)
+    job_id = depot.submit(n_epochs=4)
+    wait_until(lambda: depot.job(job_id).state == "succeeded", seconds=120)
+    with transaction(depot.sessions) as session:
+        version = session.scalars(select(Version)).one()
+        files = list(session.scalars(select(VersionFile)))
+        merge, _ = request_merge(session, version=version, dtype="base")
+    check_records(depot, version, files)
+
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    plain = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, download(depot, files, tmp_path / "adapter")))
+    assert not torch.allclose(plain, adapted, atol=1e-3)
+
+    wait_until(lambda: depot.job(merge.job_id).state == "succeeded", seconds=120)
+    with transaction(depot.sessions) as session:
+        merged_files = list(session.scalars(select(MergeFile)))
+        done = session.scalars(select(Merge)).one()
+    assert done.digest
+    assert done.report is not None
+    assert done.report["merged_tensors"] == 4
+    merged = AutoModelForCausalLM.from_pretrained(download(depot, merged_files, tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), adapted, atol=1e-5, rtol=1e-5)
+
+
+def check_records(depot: Depot, version: Version, files: list[VersionFile]) -> None:
+    """Version, manifest, events and job tell the same story."""
+    assert (version.adapter.name, version.version) == ("support-bot", 1)
+    manifest = version.manifest
+    assert {file["path"]: file["sha256"] for file in manifest["files"]} == {f.path: f.blob.sha256 for f in files}
+    assert manifest["base_model"]["name"] == BASE_NAME
+    assert manifest["base_model"]["digest"] == depot.base.digest
+    assert manifest["libraries"]["torch"]
+    assert depot.job(version.job_id).trained_tokens
+    points = metrics_of(depot.events(version.job_id))
+    assert [points[0]["step"], points[-1]["step"]] == [1, 8]
+    assert points[-1]["train_loss"] < points[0]["train_loss"]
+
+
+def test_kill_of_the_worker_mid_training_ends_in_exactly_one_version(depot: Depot, start_worker: StartWorker) -> None:
+    worker = start_worker(APP)
+    job_id = depot.submit(n_epochs=100)
+    wait_until(lambda: metrics_of(depot.events(job_id)), seconds=120)
+    (child,) = worker.children()
+    worker.kill()
+    wait_until(lambda: not is_alive(child), what="the trainer to notice that its supervisor is dead")
+
+    start_worker(APP)
+    wait_until(lambda: depot.job(job_id).state == "queued", what="the reaper")
+    assert depot.job(job_id).infra_failures == 1
+    depot.skip_backoff(job_id)
+    wait_until(lambda: depot.job(job_id).state == "succeeded", seconds=200)
+    assert [version.job_id for version in depot.versions()] == [job_id]
+    assert depot.job(job_id).attempt == 2
+
+
+def test_rows_that_teach_nothing_fail_the_job_with_a_sentence(depot: Depot, start_worker: StartWorker) -> None:
+    start_worker(APP)
+    job_id = depot.submit(rows=[{"prompt": "word " * 200, "completion": "yes"}], max_length=16)
+    wait_until(lambda: depot.job(job_id).state == "failed", seconds=120)
+    job = depot.job(job_id)
+    assert (job.error_class, job.error_code, job.attempt) == ("user", "invalid_training_file", 1)
+    assert "within 16 tokens" in (job.error_message or "")
