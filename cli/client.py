@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import httpx
 
-from cli.connection import Connection
+from cli.connection import Connection, uses_proxies
 from cli.errors import CommandError, NotConnected, Refused
 from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, Version
 from cli.upload import ProgressFile
@@ -33,13 +33,13 @@ class Link:
 class Client:
     """One method per thing a command does. Errors are CommandErrors: Refused by the server, or NotConnected."""
 
-    def __init__(self, connection: Connection, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.url = connection.url
         self._http = httpx.Client(
             base_url=connection.url,
             headers={"Authorization": f"Bearer {connection.api_key}"},
             timeout=TIMEOUT,
-            transport=transport,
+            trust_env=uses_proxies(connection.url),
         )
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from cli.client import Client, Link
+from cli.connection import uses_proxies
 from cli.errors import BadDownload, CommandError, NotConnected
 from cli.objects import FileInfo, StoredFile
 from cli.upload import ProgressFile
@@ -110,7 +111,8 @@ def _append(link: Link, part: Path, on_bytes: OnBytes) -> None:
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    with httpx.stream("GET", link.url, headers=headers, timeout=TIMEOUT, follow_redirects=False) as response:
+    trusted = uses_proxies(link.url)
+    with httpx.stream("GET", link.url, headers=headers, timeout=TIMEOUT, trust_env=trusted) as response:
         if response.status_code not in (200, 206):
             raise CommandError(f"The download link answered with status {response.status_code}.", code="bad_link")
         # A store that ignores ranges sends all of it again.

@@ -105,7 +105,8 @@ def collect() -> tuple[Doc, ...]:
 
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring on one line, without markup; empty when it has no usable one."""
-    paragraph = re.sub(r"\s+", " ", text.split("\n\n", 1)[0]).strip().replace("``", "").replace("`", "")
+    paragraph = re.sub(r"\s+", " ", text.split("\n\n", 1)[0]).strip()
+    paragraph = re.sub(r":[a-z:]+:(?=`)|`", "", paragraph)  # reStructuredText's roles and quotes
     match = re.match(r"(.+?[.!?])(?=\s+[A-Z]|$)", paragraph)
     sentence = match[1] if match else paragraph + "."
     usable = 15 <= len(sentence) <= 160 and sentence[0].isupper() and not re.search(r"->|>>>|[=|<>]{2}", sentence)
@@ -113,11 +114,14 @@ def first_sentence(text: str) -> str:
 
 
 def pairs(split: Split) -> list[dict[str, str]]:
-    """Question and answer of every documented object in `split`, as `{"prompt", "completion"}` rows."""
+    """Question and answer of every documented object in `split`, as `{"prompt", "completion"}` rows. An answer that
+    several modules share belongs to the earliest split only."""
     rows: list[dict[str, str]] = []
+    earlier = SPLITS[: SPLITS.index(split)]
+    taken = {first_sentence(doc.text) for doc in collect() if split_of(doc.module) in earlier}
     for doc in collect():
         answer = first_sentence(doc.text) if split_of(doc.module) == split else ""
-        if answer:
+        if answer and answer not in taken:
             rows.append({"prompt": QUESTIONS[doc.kind].format(doc.name), "completion": " " + answer})
     return rows
 
