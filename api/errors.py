@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -110,15 +111,23 @@ def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     return respond(explain(request, error))
 
 
-def on_http_error(_: Request, error: Exception) -> JSONResponse:
+def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """What Starlette itself refuses: unknown addresses, wrong methods, unreadable bodies."""
     if not isinstance(error, HTTPException):
         raise error
     if error.status_code == 404:
         return respond(refusals.RouteNotFound())
     if error.status_code == 405:
-        return respond(refusals.MethodNotAllowed(), dict(error.headers or {}))
+        return respond(refusals.MethodNotAllowed(), {"allow": ", ".join(sorted(methods_at(request)))})
     return respond(refusals.BadRequest(str(error.detail)))
+
+
+def methods_at(request: Request) -> set[str]:
+    """Every method that this address has; the router itself only knows those of the first route that fits."""
+    routes = iter_route_contexts(request.app.routes)
+    return {
+        method for route in routes if route.path_regex.match(request.scope["path"]) for method in route.methods or ()
+    }
 
 
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {

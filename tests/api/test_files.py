@@ -65,7 +65,9 @@ class TestUpload:
         error = refused(upload(client, b"x\n" * 50), 422, "invalid_training_file")
         assert len(error["details"]["errors"]) == 20
 
-    @pytest.mark.parametrize("data", [b"", b"\n\n", b"[1]", b"\x80\x04pickle", b'{"prompt": "a\\u0000", "completion": "b"}'])
+    @pytest.mark.parametrize(
+        "data", [b"", b"\n\n", b"[1]", b"\x80\x04pickle", b'{"prompt": "a\\u0000", "completion": "b"}']
+    )
     def test_what_cannot_be_trained_on_is_refused(self, client: TestClient, data: bytes) -> None:
         refused(upload(client, data), 422, "invalid_training_file")
 
@@ -92,7 +94,9 @@ class TestUpload:
         assert refused(response, 422, "unknown_field")["param"] == "tenant_id"
 
     def test_missing_parts(self, client: TestClient) -> None:
-        assert refused(client.post("/v1/files", files={"file": ("a", ROWS)}), 422, "missing_field")["param"] == "purpose"
+        assert (
+            refused(client.post("/v1/files", files={"file": ("a", ROWS)}), 422, "missing_field")["param"] == "purpose"
+        )
         only_purpose = client.post("/v1/files", files={"purpose": (None, "fine-tune")})
         assert refused(only_purpose, 422, "missing_field")["param"] == "file"
 
@@ -160,7 +164,9 @@ class TestList:
     def test_limit_out_of_range(self, client: TestClient, limit: str) -> None:
         assert refused(client.get("/v1/files", params={"limit": limit}), 422, "invalid_limit")["param"] == "limit"
 
-    @pytest.mark.parametrize("after", ["x", "file-" + "0" * 31, f"ftjob-{uuid.uuid4().hex}", f"file-{uuid.uuid4().hex}"])
+    @pytest.mark.parametrize(
+        "after", ["x", "file-" + "0" * 31, f"ftjob-{uuid.uuid4().hex}", f"file-{uuid.uuid4().hex}"]
+    )
     def test_foreign_cursor(self, client: TestClient, after: str) -> None:
         refused(client.get("/v1/files", params={"after": after}), 400, "invalid_cursor")
 
@@ -201,7 +207,9 @@ class TestContent:
         refused(response, 416, "range_not_satisfiable")
         assert response.headers["content-range"] == f"bytes */{len(ROWS)}"
 
-    @pytest.mark.parametrize("value", ["bytes=5-2", "bytes=abc", "items=0-1", "bytes=-", "bytes=" + "1" * 70 + "-", "x"])
+    @pytest.mark.parametrize(
+        "value", ["bytes=5-2", "bytes=abc", "items=0-1", "bytes=-", "bytes=" + "1" * 70 + "-", "x"]
+    )
     def test_range_that_is_none(self, client: TestClient, file_id: str, value: str) -> None:
         refused(client.get(f"/v1/files/{file_id}/content", headers={"Range": value}), 400, "invalid_range")
 

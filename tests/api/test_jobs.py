@@ -46,9 +46,19 @@ class TestCreate:
         assert job["hyperparameters"] == {"n_epochs": 2, "batch_size": 8, "learning_rate_multiplier": 1.0}
         assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
         assert (job["seed"], job["metadata"], job["result_files"]) == (7, {"team": "support"}, [])
-        assert (job["adapter"], job["version"], job["fine_tuned_model"], job["error"]) == ("support-bot", None, None, None)
+        assert (job["adapter"], job["version"], job["fine_tuned_model"], job["error"]) == (
+            "support-bot",
+            None,
+            None,
+            None,
+        )
         lora = job["lora"]
-        assert (lora["r"], lora["lora_alpha"], lora["target_modules"], lora["learning_rate"]) == (4, 8, ["q_proj"], 0.01)
+        assert (lora["r"], lora["lora_alpha"], lora["target_modules"], lora["learning_rate"]) == (
+            4,
+            8,
+            ["q_proj"],
+            0.01,
+        )
 
     def test_a_success_means_the_job_and_its_wake_up_are_committed(
         self, submit: Submit, sessions: SessionFactory

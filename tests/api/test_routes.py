@@ -63,7 +63,7 @@ POST /v1/files files:write
 POST /v1/fine_tuning/jobs jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/cancel jobs:write
 PUT /v1/adapters/{name}/aliases/{alias} adapters:write
-""".split("\n")[1:-1]
+"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ WITH_IDS = [route for route in PRIVATE if "{" in route.path and "base-models" no
 
 
 def test_the_routes_and_their_permissions_are_these() -> None:
-    assert sorted(f"{r} {r.permission}" for r in ROUTES) == PERMISSIONS
+    assert sorted(f"{r} {r.permission}" for r in ROUTES) == PERMISSIONS.strip().splitlines()
 
 
 def test_the_app_has_no_other_routes(app: FastAPI) -> None:
@@ -294,5 +294,3 @@ def test_the_api_loads_neither_torch_nor_a_queue() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
-
-

@@ -1,0 +1,366 @@
+"""Adapters, versions, aliases, merges, base models, and their downloads."""
+
+import hashlib
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from registry.blobs import store_file
+from registry.db import SessionFactory, transaction
+from registry.jobs.fail import fail
+from registry.jobs.lease import claim
+from registry.jobs.publish import publish_merge, publish_version
+from registry.models import Tenant
+from registry.storage import ObjectStore
+from registry.storage.digests import digest_file
+from tests.api.conftest import BASE, refused, upload
+from tests.factories import make_adapter
+from tests.tiny import make_base
+
+WEIGHTS = bytes(range(256)) * 20
+CONFIG = b'{"peft_type": "LORA"}'
+
+
+@pytest.fixture
+def store(app: Any) -> ObjectStore:
+    return app.state.depot.store
+
+
+@pytest.fixture
+def put(sessions: SessionFactory, store: ObjectStore, tmp_path: Path, tenant_id: uuid.UUID) -> Callable[..., uuid.UUID]:
+    def put_bytes(data: bytes) -> uuid.UUID:
+        path = tmp_path / uuid.uuid4().hex
+        path.write_bytes(data)
+        sha256, size = digest_file(path)
+        return store_file(sessions, store, path, sha256=sha256, size=size, tenant_id=tenant_id)
+
+    return put_bytes
+
+
+@pytest.fixture
+def publish(
+    submit: Callable[..., Any], sessions: SessionFactory, put: Callable[..., uuid.UUID]
+) -> Callable[..., dict[str, Any]]:
+    """Submits a job and publishes what a worker would have made; the job object as it was submitted."""
+
+    def publish_next(adapter: str = "bot") -> dict[str, Any]:
+        job_json = submit(lora={"adapter": adapter, "r": 4}).json()
+        files = {"adapter_config.json": put(CONFIG), "adapter_model.safetensors": put(WEIGHTS)}
+        with transaction(sessions) as session:
+            job = claim(session, queues=["default"], worker="w", lease_seconds=60)
+            assert job is not None
+        with transaction(sessions) as session:
+            publish_version(
+                session,
+                job_id=job.id,
+                fence=job.fence or 0,
+                files=files,
+                manifest={"files": [], "spec": job.spec},
+                metrics={"train_loss": 1.5},
+                trained_tokens=10,
+            )
+        return job_json
+
+    return publish_next
+
+
+class TestAdapters:
+    def test_object(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        publish()
+        client.put("/v1/adapters/bot/aliases/production", json={"version": 1})
+        body = client.get("/v1/adapters/bot").json()
+        assert body["created_at"] > 0
+        del body["created_at"]
+        assert body == {
+            "object": "adapter",
+            "name": "bot",
+            "base_model": BASE,
+            "latest_version": 2,
+            "aliases": {"production": 1},
+        }
+
+    def test_search_and_pages(self, client: TestClient, sessions: SessionFactory, tenant_id: uuid.UUID) -> None:
+        with transaction(sessions) as session:
+            tenant = session.get_one(Tenant, tenant_id)
+            for name in ("bot-a", "bot-b", "bot_c", "other"):
+                make_adapter(session, tenant, name=name)
+        first = client.get("/v1/adapters", params={"search": "BOT", "limit": 2}).json()
+        assert [a["name"] for a in first["data"]] == ["bot-a", "bot-b"]
+        assert (first["has_more"], first["last_id"]) == (True, "bot-b")
+        second = client.get("/v1/adapters", params={"search": "BOT", "limit": 2, "after": "bot-b"}).json()
+        assert [a["name"] for a in second["data"]] == ["bot_c"]
+        assert client.get("/v1/adapters", params={"search": "_"}).json()["data"][0]["name"] == "bot_c"
+        assert client.get("/v1/adapters", params={"search": "%"}).json()["data"] == []
+
+    @pytest.mark.parametrize(("name", "after"), [("after", "absent"), ("after", "\u202e")])
+    def test_foreign_cursor(self, client: TestClient, name: str, after: str) -> None:
+        refused(client.get("/v1/adapters", params={name: after}), 400, "invalid_cursor")
+
+
+class TestVersions:
+    def test_object(self, client: TestClient, publish: Callable[..., Any], file_id: str) -> None:
+        job = publish()
+        body = client.get("/v1/adapters/bot/versions/1").json()
+        assert (body["ref"], body["version"], body["adapter"], body["base_model"]) == ("bot@1", 1, "bot", BASE)
+        assert body["job_id"] == job["id"]
+        assert body["digest"].startswith("sha256:")
+        assert body["lora"]["r"] == 4
+        assert body["metrics"] == {"train_loss": 1.5}
+        assert {(e["relation"], e["kind"], e["id"]) for e in body["lineage"]} == {
+            ("based_on", "base_model", BASE),
+            ("trained_on", "file", file_id),
+        }
+        assert body["files"] == [
+            {"path": "adapter_config.json", "bytes": len(CONFIG), "sha256": hashlib.sha256(CONFIG).hexdigest()},
+            {"path": "adapter_model.safetensors", "bytes": len(WEIGHTS), "sha256": hashlib.sha256(WEIGHTS).hexdigest()},
+        ]
+
+    def test_by_number_alias_and_latest(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        publish()
+        client.put("/v1/adapters/bot/aliases/production", json={"version": 1})
+        refs = {
+            ref: client.get(f"/v1/adapters/bot/versions/{ref}").json() for ref in ("1", "v2", "latest", "production")
+        }
+        assert {ref: body["version"] for ref, body in refs.items()} == {"1": 1, "v2": 2, "latest": 2, "production": 1}
+        assert refs["1"]["aliases"] == ["production"]
+
+    def test_pages(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        for _ in range(3):
+            publish()
+        first = client.get("/v1/adapters/bot/versions", params={"limit": 2}).json()
+        assert [v["version"] for v in first["data"]] == [3, 2]
+        second = client.get("/v1/adapters/bot/versions", params={"limit": 2, "after": first["last_id"]}).json()
+        assert [v["version"] for v in second["data"]] == [1]
+        assert second["has_more"] is False
+        for after in ("0", "9", "x", "9" * 30, "-1"):
+            refused(client.get("/v1/adapters/bot/versions", params={"after": after}), 400, "invalid_cursor")
+
+    def test_download_follows_a_signed_link(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        response = client.get("/v1/adapters/bot/versions/latest/files/adapter_model.safetensors")
+        assert response.status_code == 302
+        assert response.headers["x-depot-sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
+        assert response.headers["x-depot-size"] == str(len(WEIGHTS))
+        assert response.headers["cache-control"] == "no-store"
+        anybody = TestClient(client.app)
+        got = anybody.get(response.headers["location"])
+        assert got.content == WEIGHTS
+        assert 'filename="adapter_model.safetensors"' in got.headers["content-disposition"]
+
+    @pytest.mark.parametrize("file", ["nope", "../x", "a/b/c", "adapter_config.json/x"])
+    def test_absent_file(self, client: TestClient, publish: Callable[..., Any], file: str) -> None:
+        publish()
+        assert client.get(f"/v1/adapters/bot/versions/1/files/{file}").status_code == 404
+
+    def test_delete_burns_the_number(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        publish()
+        assert client.delete("/v1/adapters/bot/versions/2").json() == {
+            "object": "adapter.version",
+            "ref": "bot@2",
+            "deleted": True,
+        }
+        refused(client.get("/v1/adapters/bot/versions/2"), 404, "version_not_found")
+        publish()
+        assert client.get("/v1/adapters/bot/versions/latest").json()["version"] == 3
+
+    def test_an_aliased_version_stays(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        client.put("/v1/adapters/bot/aliases/production", json={"version": 1})
+        error = refused(client.delete("/v1/adapters/bot/versions/1"), 409, "version_in_use")
+        assert error["details"]["aliases"] == ["production"]
+
+
+class TestAliases:
+    def test_set_move_and_remove(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        publish()
+        address = "/v1/adapters/bot/aliases/production"
+        assert client.put(address, json={"version": 1}).json() == {
+            "object": "adapter.alias",
+            "adapter": "bot",
+            "alias": "production",
+            "version": 1,
+        }
+        assert client.put(address, json={"version": 2}).json()["version"] == 2
+        assert client.delete(address).json()["deleted"] is True
+        refused(client.delete(address), 404, "alias_not_found")
+
+    @pytest.mark.parametrize("alias", ["latest", "v7", "12"])
+    def test_reserved(self, client: TestClient, publish: Callable[..., Any], alias: str) -> None:
+        publish()
+        refused(client.put(f"/v1/adapters/bot/aliases/{alias}", json={"version": 1}), 422, "alias_reserved")
+
+    @pytest.mark.parametrize("body", [{"version": True}, {"version": "1"}, {"version": 1.0}])
+    def test_version_is_an_integer(self, client: TestClient, publish: Callable[..., Any], body: Any) -> None:
+        publish()
+        refused(client.put("/v1/adapters/bot/aliases/x", json=body), 422, "invalid_type")
+
+    @pytest.mark.parametrize("version", [0, -1, 2, 10**40])
+    def test_absent_version(self, client: TestClient, publish: Callable[..., Any], version: int) -> None:
+        publish()
+        refused(client.put("/v1/adapters/bot/aliases/x", json={"version": version}), 404, "version_not_found")
+
+
+class TestMerges:
+    def test_once_per_version_and_dtype(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        address = "/v1/adapters/bot/versions/1/merges"
+        first, again, other = (
+            client.post(address),
+            client.post(address, json={"dtype": "base"}),
+            client.post(address, json={"dtype": "float16"}),
+        )
+        assert [r.status_code for r in (first, again, other)] == [202, 200, 202]
+        assert first.json()["id"] == again.json()["id"] != other.json()["id"]
+        assert (first.json()["status"], first.json()["dtype"]) == ("queued", "base")
+
+    def test_dtype_is_one_that_exists(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        error = refused(client.post("/v1/adapters/bot/versions/1/merges", json={"dtype": "int4"}), 422, "invalid_value")
+        assert "bfloat16" in error["message"]
+
+    def test_files_appear_when_it_has_succeeded(
+        self, client: TestClient, publish: Callable[..., Any], sessions: SessionFactory, put: Callable[..., uuid.UUID]
+    ) -> None:
+        publish()
+        merge = client.post("/v1/adapters/bot/versions/1/merges").json()
+        file = f"/v1/merges/{merge['id']}/files/model.safetensors"
+        refused(client.get(file), 409, "merge_not_ready")
+        blob = put(WEIGHTS)
+        with transaction(sessions) as session:
+            job = claim(session, queues=["default"], worker="w", lease_seconds=60)
+            assert job is not None
+        assert client.get(f"/v1/merges/{merge['id']}").json()["status"] == "running"
+        with transaction(sessions) as session:
+            files = {"model.safetensors": blob}
+            publish_merge(session, job_id=job.id, fence=job.fence or 0, files=files, digest="0" * 64, report={"n": 1})
+        done = client.get(f"/v1/merges/{merge['id']}").json()
+        assert (done["status"], done["digest"], done["report"]) == ("succeeded", "sha256:" + "0" * 64, {"n": 1})
+        assert [f["path"] for f in done["files"]] == ["model.safetensors"]
+        assert client.get(client.get(file).headers["location"]).content == WEIGHTS
+
+    def test_a_failed_merge_says_why_and_may_be_asked_for_again(
+        self, client: TestClient, publish: Callable[..., Any], sessions: SessionFactory
+    ) -> None:
+        publish()
+        merge = client.post("/v1/adapters/bot/versions/1/merges").json()
+        with transaction(sessions) as session:
+            job = claim(session, queues=["default"], worker="w", lease_seconds=60)
+            assert job is not None
+        with transaction(sessions) as session:
+            fail(
+                session,
+                job_id=job.id,
+                fence=job.fence or 0,
+                error_class="user",
+                code="not_finite",
+                message="NaN",
+                max_infra_failures=1,
+            )
+        body = client.get(f"/v1/merges/{merge['id']}").json()
+        assert (body["status"], body["error"]) == ("failed", {"code": "not_finite", "message": "NaN"})
+        assert client.post("/v1/adapters/bot/versions/1/merges").status_code == 202
+
+
+class TestBaseModels:
+    def upload_base(self, client: TestClient, directory: Path) -> dict[str, str]:
+        return {
+            path.name: upload(client, path.read_bytes(), name=path.name, purpose="base-model").json()["id"]
+            for path in directory.iterdir()
+        }
+
+    def test_register_read_and_train_on_it(
+        self, client: TestClient, tmp_path: Path, submit: Callable[..., Any]
+    ) -> None:
+        make_base(tmp_path / "base")
+        files = self.upload_base(client, tmp_path / "base")
+        response = client.post("/v1/base-models", json={"name": "org/tiny", "files": files})
+        assert response.status_code == 201, response.text
+        body = response.json()
+        assert (body["name"], body["source"], body["architecture"]) == ("org/tiny", "upload", "llama")
+        assert "q_proj" in body["linear_modules"]
+        assert {f["path"] for f in body["files"]} == set(files)
+        for address in ("/v1/base-models/org/tiny", "/v1/base-models/org%2Ftiny"):
+            assert client.get(address).json() == body
+        again = client.post("/v1/base-models", json={"name": "org/tiny", "files": files})
+        assert again.json() == body
+        names = [b["name"] for b in client.get("/v1/base-models").json()["data"]]
+        assert names == sorted([BASE, "org/tiny"])
+        assert submit(model="org/tiny", lora={"r": 2}).status_code == 200
+
+    def test_files_must_be_uploads_for_a_base_model(self, client: TestClient, file_id: str) -> None:
+        for text in (file_id, "/etc/passwd", f"file-{uuid.uuid4().hex}"):
+            response = client.post("/v1/base-models", json={"name": "x", "files": {"config.json": text}})
+            assert response.status_code == 422
+            assert response.json()["error"]["param"] == "files.config.json"
+
+    def test_what_is_no_model(self, client: TestClient) -> None:
+        config = upload(client, b'{"model_type": "evil"}', name="config.json", purpose="base-model").json()["id"]
+        response = client.post("/v1/base-models", json={"name": "x", "files": {"config.json": config}})
+        refused(response, 422, "invalid_base_model")
+
+    @pytest.mark.parametrize("name", ["../x", "a/b/c", "", "https://x"])
+    def test_names_have_a_grammar(self, client: TestClient, name: str) -> None:
+        refused(client.post("/v1/base-models", json={"name": name, "files": {}}), 422, "invalid_base_model_name")
+
+    @pytest.mark.parametrize("field", ["endpoint", "bucket", "url", "trust_remote_code"])
+    def test_no_place_is_taken_from_a_client(self, client: TestClient, field: str) -> None:
+        response = client.post("/v1/base-models", json={"name": "x", "files": {}, field: "s3://x"})
+        refused(response, 422, "unknown_field")
+
+
+class TestModels:
+    def test_list_and_read(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        publish()
+        client.put("/v1/adapters/bot/aliases/production", json={"version": 1})
+        body = client.get("/v1/models").json()
+        assert [m["id"] for m in body["data"]] == [BASE, "bot@2"]
+        assert client.get(f"/v1/models/{BASE}").json()["id"] == BASE
+        assert client.get("/v1/models/bot@1").json()["id"] == "bot@1"
+        assert client.get("/v1/models/bot@production").json()["id"] == "bot@1"
+        for absent in ("bot", "bot@9", "x@1", "bot@"):
+            refused(client.get(f"/v1/models/{absent}"), 404, "model_not_found")
+
+
+class TestLinks:
+    @pytest.fixture
+    def token(self, client: TestClient, publish: Callable[..., Any]) -> str:
+        publish()
+        link = client.get("/v1/adapters/bot/versions/1/files/adapter_config.json").headers["location"]
+        return link.rpartition("/")[2]
+
+    def test_head_and_ranges(self, client: TestClient, token: str) -> None:
+        head = client.head(f"/v1/objects/{token}")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(CONFIG))
+        part = client.get(f"/v1/objects/{token}", headers={"Range": "bytes=2-5"})
+        assert (part.status_code, part.content) == (206, CONFIG[2:6])
+        assert part.headers["content-range"] == f"bytes 2-5/{len(CONFIG)}"
+        beyond = client.get(f"/v1/objects/{token}", headers={"Range": "bytes=999-"})
+        refused(beyond, 416, "range_not_satisfiable")
+
+    def test_a_changed_token_opens_nothing(self, client: TestClient, token: str) -> None:
+        for changed in (token[:-1] + ("0" if token[-1] != "0" else "1"), "x" + token, token.partition(".")[0], "x"):
+            refused(client.get(f"/v1/objects/{changed}"), 403, "link_invalid")
+
+    def test_an_expired_token_opens_nothing(self, client: TestClient, token: str, store: Any) -> None:
+        key, filename = store.open_link(token, now=0)
+        old = store.link(key, filename=filename, seconds=-1).rpartition("/")[2]
+        refused(client.get(f"/v1/objects/{old}"), 403, "link_expired")
+
+    def test_a_removed_object_is_not_found(self, client: TestClient, token: str, store: Any) -> None:
+        key, _ = store.open_link(token, now=0)
+        store.delete(key)
+        refused(client.get(f"/v1/objects/{token}"), 404, "artifact_not_found")
+
+    def test_response_headers_cannot_be_chosen_by_the_link(self, client: TestClient, token: str) -> None:
+        response = client.get(f"/v1/objects/{token}", params={"response-content-type": "text/html"})
+        refused(response, 422, "unknown_parameter")
