@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cli.embedded.account import Account, find_account, hand_over
-from cli.embedded.process import ChildSpec, EmbeddedError, Server, start
+from cli.embedded.process import ChildSpec, EmbeddedError, Server, advice, start
 from cli.embedded.sockets import private_socket_dir
 
 USER = DATABASE = "depot"
@@ -98,13 +98,21 @@ def create_cluster(data_dir: Path, programs: Path, account: Account) -> None:
     for leftover in data_dir.parent.glob(f".{data_dir.name}-new-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=f".{data_dir.name}-new-", dir=data_dir.parent))
+    try:
+        _fill_cluster(new, programs, account)
+        new.rename(data_dir)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _fill_cluster(new: Path, programs: Path, account: Account) -> None:
     hand_over(new, account)
     trust = ["--auth-local=trust", "--auth-host=reject", f"--username={USER}"]
     text = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     _run(account, [str(programs / "initdb"), "-D", str(new), *trust, *text, "--data-checksums"])
     create = f"CREATE DATABASE {DATABASE}"
     _run(account, [str(programs / "postgres"), "--single", "-D", str(new), "postgres"], stdin=create)
-    new.rename(data_dir)
 
 
 def _run(account: Account, argv: list[str], *, stdin: str = "") -> None:
@@ -112,4 +120,4 @@ def _run(account: Account, argv: list[str], *, stdin: str = "") -> None:
         [*account.prefix, *argv], input=stdin, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise EmbeddedError(f"Postgres could not be set up:\n{done.stderr.strip()}")
+        raise EmbeddedError(f"Postgres could not be set up:\n{done.stderr.strip()}{advice(done.stderr)}")

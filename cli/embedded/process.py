@@ -1,6 +1,7 @@
 """One child process: how to start it, when it counts as ready, how to stop it."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -144,9 +145,14 @@ def tail(log: Path) -> str:
     except OSError as error:
         return f"(cannot read {log}: {error})"
     lines = [f"  {line}" for line in text.splitlines()[-LOG_TAIL_LINES:]]
-    if "No space left on device" in text:
-        lines.append("The disk is full: free some space, then run the command again.")
-    return "\n".join([f"The end of {log}:", *lines])
+    return "\n".join([f"The end of {log}:", *lines]) + advice(text)
+
+
+def advice(text: str) -> str:
+    """What to do about the one failure that every program words alike; else nothing."""
+    if os.strerror(errno.ENOSPC) not in text:
+        return ""
+    return "\nThe disk is full: free some space, then run the command again."
 
 
 def rotate(log: Path) -> None:

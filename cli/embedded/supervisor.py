@@ -146,12 +146,15 @@ class Supervisor:
     def _start_again(self, child: Child) -> None:
         try:
             child.process = self._spawn(child.spec)
-            child.started = time.monotonic()
-            self.save_state()
         except OSError as error:
             child.due = time.monotonic() + child.delay
             self._say(f"{child.spec.name} could not be started: {error}. Trying again in {child.delay:.0f} s.")
             child.delay = min(child.delay * 2, LONGEST_DELAY)
+            return
+        child.started = time.monotonic()
+        # A full disk must not keep a child from running: the numbers in the state file only inform.
+        with contextlib.suppress(OSError):
+            self.save_state()
 
     # ── stopping ─────────────────────────────────────────────────────────────────────────────────
 

@@ -15,7 +15,7 @@ import pytest
 
 from cli.embedded import account
 from cli.embedded.account import NAMESPACE, NOBODY, find_account
-from cli.embedded.postgres import find_programs, postgres_spec, start_postgres
+from cli.embedded.postgres import create_cluster, find_programs, postgres_spec, start_postgres
 from cli.embedded.process import EmbeddedError, spawn
 from cli.embedded.sockets import private_socket_dir
 from cli.embedded.valkey import answers_ping, start_valkey
@@ -103,6 +103,18 @@ def test_a_failed_start_shows_the_log_and_leaves_no_process(home: Path) -> None:
         start_postgres(home / "pg", home / "run", home / "pg.log", settings={"no_such_setting": "1"})
     assert str(home / "pg.log") in str(caught.value)
     assert not any(str(home) in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+
+
+def test_an_initdb_that_fails_leaves_nothing_and_a_full_disk_is_called_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = home / "programs"
+    programs.mkdir()
+    (programs / "initdb").write_text("#!/bin/sh\necho 'FATAL: No space left on device' >&2; exit 1\n")
+    (programs / "initdb").chmod(0o700)
+    with pytest.raises(EmbeddedError, match="disk is full: free some space"):
+        create_cluster(home / "pg", programs, account.OURSELVES)
+    assert list(home.iterdir()) == [programs]
 
 
 @needs_root
