@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from lora_core.errors import NonFinite
-from lora_core.floats import DTYPE_NAMES, FLOATS, Array, Scratch
+from lora_core.floats import DTYPE_NAMES, FLOATS, Array, Scratch, square_sum
 from lora_core.gate import WEIGHTS_FILE, read_factor
 from lora_core.header import ITEM_BYTES, Header, TensorInfo, encode_header
 from lora_core.plan import MergePlan, plan_merge
@@ -31,7 +31,10 @@ Layout = tuple[bytes, Header]
 
 # A block's float64 values fill half a megabyte, so that every pass over them finds them in the L2 cache.
 BLOCK_ITEMS = 65_536
-MIN_BLOCK_ROWS = 16
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 16, 256
+# Products of at most so many multiplications stay on the calling thread in OpenBLAS. Its threads beside ours, on
+# the same cores, wait for each other: a merge took 50 times as long.
+_TILE_MULTIPLICATIONS = 2**18
 _THREADS = 2
 _BLOCKS_IN_FLIGHT = 6
 
@@ -105,13 +108,22 @@ class _Factors:
     left: Array
     right: Array
 
+    def multiply(self, first: int, out: Array) -> None:
+        """Rows of ΔW from `first` on, as many as fill `out`."""
+        r, columns = self.right.shape
+        out = out.reshape(-1, columns)
+        left = self.left[first : first + len(out)]
+        step = max(_TILE_MULTIPLICATIONS // (len(out) * r), 1)
+        for begin in range(0, columns, step):
+            np.matmul(left, self.right[:, begin : begin + step], out=out[:, begin : begin + step])
+
 
 @dataclass
 class _Sums:
     """Squared norms of one tensor, filled in as its blocks pass."""
 
-    delta: float
     weight: float = 0.0
+    delta: float = 0.0
     lost: float = 0.0
 
 
@@ -134,6 +146,7 @@ class _Block:
     name: str
     data: Array
     weight: float = 0.0
+    delta: float = 0.0
     lost: float = 0.0
 
 
@@ -173,6 +186,7 @@ class _Merger:
         block = future.result()
         if sums := self._sums.get(block.name):
             sums.weight += block.weight
+            sums.delta += block.delta
             sums.lost += block.lost
         return block.data
 
@@ -182,7 +196,7 @@ class _Merger:
             before = sources[after.name]
             factors = self._factors(after.name)
             columns = before.shape[-1] if factors else 1
-            rows = max(BLOCK_ITEMS // columns, MIN_BLOCK_ROWS)
+            rows = min(max(BLOCK_ITEMS // columns, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS) if factors else BLOCK_ITEMS
             step = rows * columns * ITEM_BYTES[before.dtype]
             for number, begin in enumerate(range(before.begin, before.end, step)):
                 size = min(step, before.end - begin)
@@ -195,8 +209,7 @@ class _Merger:
         lora_A = read_factor(self._adapter, self._plan.adapter_header, update.pair.lora_A)
         lora_B = read_factor(self._adapter, self._plan.adapter_header, update.pair.lora_B)
         lora_B *= update.scaling
-        # ‖BA‖² = tr(BᵀB · AAᵀ): r × r numbers instead of out × in
-        self._sums[name] = _Sums(delta=max(float(np.sum((lora_B.T @ lora_B) * (lora_A @ lora_A.T))), 0.0))
+        self._sums[name] = _Sums()
         if self._plan.config.fan_in_fan_out:
             return _Factors(np.ascontiguousarray(lora_A.T), np.ascontiguousarray(lora_B.T))
         return _Factors(lora_B, lora_A)
@@ -208,20 +221,18 @@ class _Merger:
         items = piece.size // ITEM_BYTES[piece.before.dtype]
         scratch = self._scratch(items)
         values = scratch.widen(raw, piece.before.dtype, scratch.values)
-        weight = 0.0
+        weight = delta = 0.0
         if piece.factors:
-            weight = float(np.dot(values, values))
-            columns = piece.factors.right.shape[1]
-            delta = scratch.product[:items].reshape(-1, columns)
-            left = piece.factors.left[piece.first : piece.first + len(delta)]
-            np.matmul(left, piece.factors.right, out=delta)
-            np.add(values, delta.reshape(-1), out=values)
+            product = scratch.product[:items]
+            piece.factors.multiply(piece.first, product)
+            weight, delta = square_sum(values), square_sum(product)
+            np.add(values, product, out=values)
         data = scratch.narrow(values, piece.after.dtype)
         lost = scratch.rounding_loss(values, data, piece.after.dtype)
         if not math.isfinite(lost):
             name, dtype = piece.after.name, piece.after.dtype
             raise NonFinite(f"{name} would hold NaN, infinity or a number too large for {dtype}", tensor=name)
-        return _Block(piece.after.name, data, weight, lost)
+        return _Block(piece.after.name, data, weight, delta, lost)
 
     def _scratch(self, items: int) -> Scratch:
         found: Scratch | None = getattr(self._local, "scratch", None)
