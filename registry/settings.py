@@ -70,4 +70,4 @@ class Settings(BaseSettings):
 
 
 # Read by the `lora-depot` command and by tests, never by the service.
-CLIENT_VARIABLES = frozenset({"DEPOT_HOME", "DEPOT_URL", "DEPOT_API_KEY", "DEPOT_TEST_DATABASE_URL", "DEPOT_TEST_RADOSGW"})
+CLIENT_VARIABLES = frozenset({"DEPOT_HOME", "DEPOT_URL", "DEPOT_API_KEY", "DEPOT_TEST_RADOSGW"})

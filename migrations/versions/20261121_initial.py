@@ -103,7 +103,6 @@ def upgrade() -> None:
         sa.Column(
             "created_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False
         ),
-        sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("digest ~ '^[0-9a-f]{64}$'", name=op.f("ck_base_models_digest_is_hex")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_base_models")),
         sa.UniqueConstraint("name", name=op.f("uq_base_models_name")),
@@ -371,6 +370,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_jobs_listing", "jobs", ["tenant_id", "kind", "created_at", "id"], unique=False)
     op.create_index(op.f("ix_jobs_training_file_id"), "jobs", ["training_file_id"], unique=False)
+    op.create_index(op.f("ix_jobs_validation_file_id"), "jobs", ["validation_file_id"], unique=False)
     op.create_table(
         "idempotency_keys",
         sa.Column("tenant_id", sa.Uuid(), nullable=False),
@@ -479,6 +479,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_merges")),
         sa.UniqueConstraint("job_id", name=op.f("uq_merges_job_id")),
     )
+    op.create_index(op.f("ix_merges_version_id"), "merges", ["version_id"], unique=False)
     op.create_index("uq_merges_live", "merges", ["version_id", "dtype"], unique=True, postgresql_where=sa.text("live"))
     op.create_table(
         "version_files",
@@ -513,6 +514,7 @@ def downgrade() -> None:
     op.drop_table("merge_files")
     op.drop_index(op.f("ix_version_files_blob_id"), table_name="version_files")
     op.drop_table("version_files")
+    op.drop_index(op.f("ix_merges_version_id"), table_name="merges")
     op.drop_index("uq_merges_live", table_name="merges", postgresql_where=sa.text("live"))
     op.drop_table("merges")
     op.drop_index(op.f("ix_aliases_version_id"), table_name="aliases")
@@ -521,6 +523,7 @@ def downgrade() -> None:
     op.drop_index("ix_job_events_job", table_name="job_events")
     op.drop_table("job_events")
     op.drop_table("idempotency_keys")
+    op.drop_index(op.f("ix_jobs_validation_file_id"), table_name="jobs")
     op.drop_index(op.f("ix_jobs_training_file_id"), table_name="jobs")
     op.drop_index("ix_jobs_listing", table_name="jobs")
     op.drop_index("ix_jobs_lease", table_name="jobs", postgresql_where=sa.text("state IN ('running', 'cancelling')"))

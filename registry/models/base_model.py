@@ -7,7 +7,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Base
 from registry.models.blob import Blob
-from registry.models.columns import SHA256, Bytes, Created, Id, Json, Moment
+from registry.models.columns import SHA256, Bytes, Created, Id, Json
 
 
 class BaseModel(Base):
@@ -24,7 +24,6 @@ class BaseModel(Base):
     digest: Mapped[str] = mapped_column(comment="SHA-256 of the sorted lines '<sha256>  <path>'")
     facts: Mapped[Json] = mapped_column(comment="linear modules and their shapes, ties, context length")
     created_at: Mapped[Created]
-    deleted_at: Mapped[Moment | None]
 
     files: Mapped[list["BaseModelFile"]] = relationship(lazy="raise", order_by="BaseModelFile.path")
 

@@ -49,7 +49,7 @@ class Job(Base):
     adapter_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("adapters.id"), comment="where it publishes")
     base_model_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("base_models.id"))
     training_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
-    validation_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
+    validation_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"), index=True)
     queue: Mapped[str] = mapped_column(server_default=text("'default'"))
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("100"))
     state: Mapped[str] = mapped_column(server_default=text("'queued'"))

@@ -26,7 +26,7 @@ class Merge(Base):
 
     id: Mapped[Id]
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
-    version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("versions.id"))
+    version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("versions.id"), index=True)
     dtype: Mapped[str] = mapped_column(comment="`base` keeps the base model's dtype")
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
     live: Mapped[bool] = mapped_column(
