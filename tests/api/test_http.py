@@ -4,8 +4,10 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import event, text
@@ -195,9 +197,13 @@ class TestBodies:
     def test_json_in_utf8(self, client: TestClient, content_type: str) -> None:
         refused(self.post(client, b"{}", content_type), 422, "missing_field")
 
-    def test_a_declared_size_is_refused_before_it_is_read(self, app: FastAPI, client: TestClient) -> None:
+    def test_a_declared_size_is_refused_before_it_is_read(
+        self, client: TestClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, logger="api.requests")
         error = refused(self.post(client, b" " * (2**20 + 1)), 413, "body_too_large")
         assert error["details"]["limit_bytes"] == 2**20
+        assert [r.bytes_in for r in caplog.records if r.name == "api.requests"] == [0]
 
     def test_an_undeclared_size_stops_at_the_limit(self, client: TestClient) -> None:
         sent = 0
@@ -209,6 +215,10 @@ class TestBodies:
                 yield b" " * 2**16
 
         refused(self.post(client, endless()), 413, "body_too_large")
+
+    def test_a_client_on_a_socket_reads_the_refusal(self, server: str, key: str) -> None:
+        response = httpx.post(server + JOBS, content=b" " * 3_000_000, headers={**bearer(key), **JSON})
+        refused(response, 413, "body_too_large")
 
     def test_a_body_that_stops_arriving(self, server: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         import socket
@@ -281,6 +291,17 @@ class TestFailures:
         monkeypatch.setattr("registry.schema_version._head", lambda: "newer")
         error = refused(client.get("/readyz"), 503, "not_ready")
         assert "alembic upgrade head" in error["details"]["failed"]["database"]
+
+
+def test_a_corrupt_file_is_a_broken_transfer_for_a_real_client(server: str, key: str, settings: Settings) -> None:
+    with httpx.Client(base_url=server, headers=bearer(key)) as client:
+        file_id = upload(client).json()["id"]
+        (stored,) = [p for p in Path(settings.store_url.removeprefix("file://"), "blobs").rglob("*") if p.is_file()]
+        stored.chmod(0o600)
+        stored.write_bytes(stored.read_bytes()[:-2] + b"!\n")
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.get(f"/v1/files/{file_id}/content")
+        assert client.get("/healthz").status_code == 200
 
 
 class TestErrorTable:
