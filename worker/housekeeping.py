@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable
 
 from registry.db import SessionFactory, transaction
+from registry.errors import Unavailable
 from registry.jobs import outbox, reaper
 from worker.outages import Outage
 
@@ -40,7 +41,22 @@ class Chore:
 
 def make_relay(sessions: SessionFactory, send: Callable[[str, uuid.UUID], None], *, seconds: float) -> Chore:
     """Sends the wake-ups of the outbox. Redis may be away for as long as it likes."""
-    return Chore("relay", lambda: outbox.relay(sessions, send), seconds=seconds, longest_seconds=60.0)
+
+    def run() -> None:
+        errors: list[Exception] = []
+
+        def remember(queue: str, job_id: uuid.UUID) -> None:
+            try:
+                send(queue, job_id)
+            except Exception as error:
+                errors.append(error)
+                raise
+
+        outbox.relay(sessions, remember)  # which keeps the wake-up for later and goes on
+        if errors:
+            raise Unavailable(f"Redis takes no wake-ups; jobs start by polling. {errors[-1]}") from errors[-1]
+
+    return Chore("relay", run, seconds=seconds, longest_seconds=60.0)
 
 
 def make_reaper(sessions: SessionFactory, *, seconds: float, lease_seconds: float, max_infra_failures: int) -> Chore:

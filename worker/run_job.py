@@ -50,18 +50,22 @@ def _work(host: Host, attempt: Attempt, heart: Heart, job: Job) -> None:
 def _give_up(host: Host, attempt: Attempt, heart: Heart, error: Exception) -> None:
     """Write the ending on the job, however long Postgres takes to answer: this slot has nothing better to do."""
     try:
-        persist(lambda: _write_ending(host, attempt, heart, error), time.sleep, f"giving up {attempt}")
+        persist(_ending(host, attempt, heart, error), time.sleep, f"giving up {attempt}")
     except FenceLost:
         log.warning("%s: another worker owns it now; nothing written", attempt)
 
 
-def _write_ending(host: Host, attempt: Attempt, heart: Heart, error: Exception) -> None:
+def _ending(host: Host, attempt: Attempt, heart: Heart, error: Exception) -> Callable[[], None]:
+    """The write that an error calls for."""
     if isinstance(error, Drained | CancelRequested):
         log.info("%s: given back (%s)", attempt, type(error).__name__)
-        heart.conclude(lambda: _release(host, attempt))
-        return
+        return lambda: heart.conclude(lambda: _release(host, attempt))
     failure = as_failure(error)
     log.warning("%s: %s", attempt, failure, exc_info=None if isinstance(error, JobFailed) else error)
+    return lambda: _write_failure(host, attempt, heart, failure)
+
+
+def _write_failure(host: Host, attempt: Attempt, heart: Heart, failure: JobFailed) -> None:
     heart.beat()  # what happened before it failed belongs into the event list
     heart.conclude(lambda: _fail(host, attempt, failure))
 

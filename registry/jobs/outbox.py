@@ -41,7 +41,8 @@ def _relay_one(session: Session, send: Send) -> bool:
     try:
         send(row.queue, row.job_id)
     except Exception:  # whatever the broker's client raises, the wake-up was not delivered
-        logger.warning("a wake-up for queue %s was not delivered", row.queue, exc_info=True)
+        # Not louder: `send` belongs to the caller, who can say once that the broker is away.
+        logger.debug("a wake-up for queue %s was not delivered", row.queue, exc_info=True)
         delay = backoff_seconds(FIRST_BACKOFF_SECONDS, row.attempts, longest=LONGEST_BACKOFF_SECONDS)
         row.next_at = read_clock(session, ahead_seconds=delay)
         row.attempts += 1

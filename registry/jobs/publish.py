@@ -60,7 +60,7 @@ def publish_version(
     session.add_all(VersionFile(version_id=version.id, path=path, blob_id=blob) for path, blob in files.items())
     _record_parents(session, job, version)
     job.trained_tokens = trained_tokens
-    told = NewEvent("message", "info", f"Version {version.version} is published.", {"version": version.version})
+    told = NewEvent("message", "info", f"Published {version.adapter.name}@{version.version}.", {"version": version.version})
     add_events(session, job.id, fence, [told])
     finish(session, job, JobState.SUCCEEDED)
     return Published(version.version, replayed=False)

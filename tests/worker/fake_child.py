@@ -71,7 +71,8 @@ def main(adapter: Path, workspace: Path) -> int:
     if mode == HOSTILE:
         be_hostile()
     if mode == BREED:
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        say(type="note", message=f"started {sleeper.pid}")
     if mode == LOUD:
         for _ in range(12):
             sys.stderr.write("z" * 2**20)

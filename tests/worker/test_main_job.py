@@ -86,12 +86,3 @@ def test_kill_of_the_worker_mid_training_ends_in_exactly_one_version(depot: Depo
     wait_until(lambda: depot.job(job_id).state == "succeeded", seconds=200)
     assert [version.job_id for version in depot.versions()] == [job_id]
     assert depot.job(job_id).attempt == 2
-
-
-def test_rows_that_teach_nothing_fail_the_job_with_a_sentence(depot: Depot, start_worker: StartWorker) -> None:
-    start_worker(APP)
-    job_id = depot.submit(rows=[{"prompt": "word " * 200, "completion": "yes"}], max_length=16)
-    wait_until(lambda: depot.job(job_id).state == "failed", seconds=120)
-    job = depot.job(job_id)
-    assert (job.error_class, job.error_code, job.attempt) == ("user", "invalid_training_file", 1)
-    assert "within 16 tokens" in (job.error_message or "")

@@ -1,0 +1,106 @@
+"""A base is fetched once, looked at every time, and fetched again when it is not what it should be."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from registry.errors import ArtifactCorrupt
+from registry.jobs.inputs import StoredFile
+from registry.storage import ObjectStore
+from registry.storage.digests import digest_file
+from registry.storage.keys import blob_key
+from worker.base_cache import BaseCache
+
+DIGEST = "d" * 64
+
+
+def nothing() -> None:
+    pass
+
+
+class Counting:
+    """A store that counts what is fetched from it."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+        self.fetched: list[str] = []
+
+    def fetch(self, key: str, path: Path, *, sha256: str, size: int) -> None:
+        self.fetched.append(path.name)
+        self.store.fetch(key, path, sha256=sha256, size=size)
+
+
+@pytest.fixture
+def counting(store: ObjectStore) -> Counting:
+    return Counting(store)
+
+
+@pytest.fixture
+def files(store: ObjectStore, tmp_path: Path) -> list[StoredFile]:
+    return [put(store, tmp_path, name) for name in ("config.json", "model.safetensors")]
+
+
+def put(store: ObjectStore, tmp_path: Path, name: str) -> StoredFile:
+    path = tmp_path / name
+    path.write_bytes(name.encode() * 100)
+    sha256, size = digest_file(path)
+    key = blob_key(sha256, uuid.uuid4())
+    store.put(key, path, sha256=sha256, size=size)
+    return StoredFile(name, key, sha256, size)
+
+
+@pytest.fixture
+def cache(counting: Counting, tmp_path: Path) -> BaseCache:
+    return BaseCache(tmp_path / "cache", counting)  # type: ignore[arg-type]  # the cache only fetches
+
+
+def test_a_second_use_fetches_nothing(cache: BaseCache, counting: Counting, files: list[StoredFile]) -> None:
+    folder = cache.ensure(DIGEST, files, nothing)
+    assert cache.ensure(DIGEST, files, nothing) == folder
+    assert {path.name: path.stat().st_size for path in folder.iterdir()} == {file.path: file.size for file in files}
+    assert counting.fetched == ["config.json", "model.safetensors"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:10])
+
+
+def flip(path: Path) -> None:
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_file_is_fetched_again(
+    cache: BaseCache, counting: Counting, files: list[StoredFile], damage: Callable[[Path], None]
+) -> None:
+    folder = cache.ensure(DIGEST, files, nothing)
+    damage(folder / "model.safetensors")
+    cache.ensure(DIGEST, files, nothing)
+    assert counting.fetched[2:] == ["model.safetensors"]
+    assert digest_file(folder / "model.safetensors") == (files[1].sha256, files[1].size)
+
+
+def test_doubt_finds_damage_that_left_size_and_time_alone(
+    cache: BaseCache, counting: Counting, files: list[StoredFile]
+) -> None:
+    path = cache.ensure(DIGEST, files, nothing) / "model.safetensors"
+    status = path.stat()
+    flip(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    cache.ensure(DIGEST, files, nothing)
+    assert counting.fetched[2:] == []
+    cache.doubt(DIGEST)
+    cache.ensure(DIGEST, files, nothing)
+    assert counting.fetched[2:] == ["model.safetensors"]
+
+
+def test_bytes_that_are_wrong_in_the_store_are_never_used(
+    cache: BaseCache, files: list[StoredFile], tmp_path: Path
+) -> None:
+    flip(tmp_path / "objects" / files[1].key)
+    with pytest.raises(ArtifactCorrupt):
+        cache.ensure(DIGEST, files, nothing)
+    assert not (tmp_path / "cache" / DIGEST / "model.safetensors").exists()

@@ -1,0 +1,89 @@
+"""One child, watched closely: how it is stopped, and how much of it is kept."""
+
+import json
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.worker import fake_child
+from tests.worker.depot import wait_until
+from worker.attempt import Attempt, Stop
+from worker.child_env import child_env
+from worker.errors import JobFailed
+from worker.protocol import EXIT_STOPPED, ErrorMessage, ResultMessage
+from worker.supervisor import LOG_BYTES, Ending, result_of, run_child
+
+NEVER = 3600.0
+
+
+@pytest.fixture
+def attempt() -> Attempt:
+    return Attempt(job_id=uuid.uuid4(), tenant_id=uuid.uuid4(), fence=1)
+
+
+@pytest.fixture
+def start(attempt: Attempt, tmp_path: Path) -> Callable[..., Ending]:
+    """Run the stand-in child; `meanwhile` is called once it has told its first step."""
+
+    def run(mode: int, meanwhile: Callable[[], None] = lambda: None, *, grace_seconds: float = NEVER) -> Ending:
+        (tmp_path / "task.json").write_text(json.dumps({"spec": {"seed": mode}}))
+        (tmp_path / "adapter").mkdir()
+        argv = [sys.executable, str(Path(fake_child.__file__)), str(tmp_path / "adapter"), str(tmp_path)]
+
+        def watch() -> None:
+            wait_until(lambda: (attempt.news.take()[0] or {}).get("step"))
+            meanwhile()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        env = child_env(tmp_path, threads=1)
+        ending = run_child(argv, env=env, directory=tmp_path, attempt=attempt, grace_seconds=grace_seconds)
+        watcher.join()
+        return ending
+
+    return run
+
+
+def test_a_request_to_stop_is_enough_for_a_child_that_listens(start: Callable[..., Ending], attempt: Attempt) -> None:
+    ending = start(fake_child.LONG, lambda: attempt.stop(Stop.DRAIN))
+    assert ending.returncode == EXIT_STOPPED
+
+
+def test_a_child_that_does_not_listen_is_killed_after_the_grace(start: Callable[..., Ending], attempt: Attempt) -> None:
+    ending = start(fake_child.DEAF, lambda: attempt.stop(Stop.CANCEL), grace_seconds=0.1)
+    assert ending.returncode == -signal.SIGKILL
+
+
+def test_a_lost_fence_kills_without_grace(start: Callable[..., Ending], attempt: Attempt) -> None:
+    ending = start(fake_child.DEAF, lambda: attempt.stop(Stop.LOST), grace_seconds=NEVER)
+    assert ending.returncode == -signal.SIGKILL
+
+
+def test_the_log_is_cut_and_its_writer_is_not_blocked(start: Callable[..., Ending], tmp_path: Path) -> None:
+    ending = start(fake_child.LOUD)
+    assert ending.returncode == 0
+    assert (tmp_path / "log.txt").stat().st_size == LOG_BYTES
+    assert set(ending.log_tail) == {"z"}
+
+
+@pytest.mark.parametrize(
+    ("ending", "error_class", "code"),
+    [
+        (Ending(0, None, ""), "bug", "trainer_crashed"),
+        (Ending(1, ResultMessage(), ""), "bug", "trainer_crashed"),
+        (Ending(1, ErrorMessage(error_class="oom", code="out_of_memory", message="x"), ""), "oom", "out_of_memory"),
+        (Ending(0, ErrorMessage(error_class="user", code="bad_config", message="x"), ""), "bug", "trainer_crashed"),
+        (Ending(-9, ResultMessage(), ""), "infra", "trainer_killed"),
+        (Ending(-11, None, ""), "bug", "trainer_crashed"),
+        (Ending(EXIT_STOPPED, None, ""), "infra", "trainer_stopped"),
+    ],
+)
+def test_only_exit_0_with_a_result_is_a_success(ending: Ending, error_class: str, code: str) -> None:
+    with pytest.raises(JobFailed) as caught:
+        result_of(ending)
+    assert (caught.value.error_class, caught.value.code) == (error_class, code)
