@@ -17,7 +17,6 @@ from cli.errors import BadDownload, CommandError, NotConnected
 from cli.objects import FileInfo, StoredFile
 from cli.upload import ProgressFile
 
-CHUNK = 2**20
 ATTEMPTS = 5  # in a row without a single new byte
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 OnBytes = Callable[[int], None]
@@ -117,7 +116,8 @@ def _append(link: Link, part: Path, on_bytes: OnBytes) -> None:
             raise CommandError(f"The download link answered with status {response.status_code}.", code="bad_link")
         # A store that ignores ranges sends all of it again.
         with part.open("ab" if response.status_code == 206 else "wb") as file:
-            for chunk in response.iter_raw(CHUNK):
+            # As it arrives: gathered into larger chunks, what came before a break would be lost.
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 on_bytes(len(chunk))
                 if file.tell() > link.size:

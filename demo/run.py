@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     arguments.add_argument("--keep", action="store_true", help="leave the depot running until Ctrl-C")
     keep = arguments.parse_args().keep
+    quieten()
     home = demo_home()
     started = time.monotonic()
     try:
@@ -64,6 +66,15 @@ def main() -> int:
         Console(stderr=True).print(f"[red]The demo failed: {escape(str(error))}[/red]", soft_wrap=True)
         return 1
     return 0
+
+
+def quieten() -> None:
+    """Nothing but the story on the terminal: no bars and advice of the libraries underneath."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def run(client: Client, folder: Path, recipe: Recipe | None = None) -> Proof:
