@@ -20,7 +20,7 @@ INHERITED = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
 )
-CLIENT_SETTINGS = ("DEPOT_HOME", "DEPOT_URL", "DEPOT_API_KEY", "DEPOT_TEST_DATABASE_URL")
+CLIENT_SETTINGS = ("DEPOT_HOME", "DEPOT_URL", "DEPOT_API_KEY")
 # On one machine a lost worker is noticed, and an idle one wakes, sooner than across a network.
 ONE_MACHINE = {
     "DEPOT_HEARTBEAT_SECONDS": "2",
