@@ -14,7 +14,7 @@ from kombu.entity import Queue
 from registry.settings import Settings
 from worker.service import Service, make_service
 
-STOP_SECONDS = 30.0
+STOP_SECONDS = 20.0  # longer than a child's grace, shorter than what `up` and compose wait
 
 settings = Settings()
 queues = [name.strip() for name in settings.queues.split(",") if name.strip()]

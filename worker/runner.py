@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+import time
 from collections.abc import Sequence
 
 from registry.db import transaction
@@ -48,8 +49,9 @@ class Runner:
 
     def join(self, seconds: float) -> bool:
         """Whether all slots have ended within this time, after `drain`."""
+        end = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(seconds)
+            thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _drain(self) -> None:

@@ -60,8 +60,8 @@ def publish_version(
     session.add_all(VersionFile(version_id=version.id, path=path, blob_id=blob) for path, blob in files.items())
     _record_parents(session, job, version)
     job.trained_tokens = trained_tokens
-    told = NewEvent("message", "info", f"Published {version.adapter.name}@{version.version}.", {"version": version.version})
-    add_events(session, job.id, fence, [told])
+    told = f"Published {version.adapter.name}@{version.version}."
+    add_events(session, job.id, fence, [NewEvent("message", "info", told, {"version": version.version})])
     finish(session, job, JobState.SUCCEEDED)
     return Published(version.version, replayed=False)
 
