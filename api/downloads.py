@@ -25,7 +25,7 @@ def send_object(
     A whole object is hashed as it goes, and its last chunk is held back until the digest is right: a corrupt one
     breaks off, which `Content-Length` shows. A range cannot be checked; `ETag` is the digest it should be part of."""
     if store.stat(key).size != size:
-        raise ArtifactCorrupt
+        raise ArtifactCorrupt(key=key)
     common = {
         "etag": f'"{sha256}"',
         "accept-ranges": "bytes",

@@ -1,5 +1,6 @@
 """One table from families of errors to HTTP statuses, and the one shape in which clients see them."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from api import refusals
 from api.validation import explain
 from registry import errors
 from registry.errors import DepotError
+
+log = logging.getLogger(__name__)
 
 # Looked up along the class's ancestors: the nearest entry wins.
 STATUS: dict[type[DepotError], int] = {
@@ -96,11 +99,16 @@ def translate(error: Exception) -> DepotError | None:
     return None
 
 
-def on_domain_error(_: Request, error: Exception) -> JSONResponse:
+def on_domain_error(request: Request, error: Exception) -> JSONResponse:
     """Any error that `translate` knows."""
     known = translate(error)
     if known is None:
         raise error
+    if status_of(type(known)) >= 500:
+        # A driver's error without SQLAlchemy's wrapping: that would quote the statement and its values.
+        reason = str(getattr(error, "orig", error)).strip()[:300]
+        facts = {"request_id": request.state.passage.request_id, "code": known.code, "reason": reason}
+        log.error("request failed", extra={**facts, "details": known.details or None})
     return respond(known)
 
 

@@ -227,11 +227,16 @@ class TestContent:
         assert len(response.content) < len(ROWS)
         assert any(r.message == "response broken off" and r.reason == "artifact_corrupt" for r in caplog.records)
 
-    def test_bytes_of_another_length_are_not_started(self, client: TestClient, file_id: str, tmp_path: Path) -> None:
+    def test_bytes_of_another_length_are_not_started(
+        self, client: TestClient, file_id: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         (stored,) = [p for p in (tmp_path / "objects" / "blobs").rglob("*") if p.is_file()]
         stored.chmod(0o600)
         stored.write_bytes(ROWS[:-1])
-        refused(client.get(f"/v1/files/{file_id}/content"), 500, "artifact_corrupt")
+        response = client.get(f"/v1/files/{file_id}/content")
+        refused(response, 500, "artifact_corrupt")
+        (told,) = [r for r in caplog.records if r.message == "request failed"]
+        assert (told.code, told.request_id) == ("artifact_corrupt", response.headers["x-request-id"])
 
 
 class TestDelete:
