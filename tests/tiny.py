@@ -76,6 +76,7 @@ def make_base(
         eos_token_id=1,
         pad_token_id=2,
         tie_word_embeddings=tie,
+        **({"logits_scaling": 4.0, "embedding_multiplier": 3.0} if family == "granite" else {}),  # defaults are 1
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
