@@ -63,6 +63,7 @@ def is_weights(name: str) -> bool:
 def hub_base(repo: str, say: Say) -> BaseFiles:
     """Fetches `org/name[@revision]`: small files first, then exactly the weights that belong to the checkpoint."""
     try:
+        from httpx2 import TransportError  # the Hub client's own HTTP library
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
@@ -82,7 +83,7 @@ def hub_base(repo: str, say: Say) -> BaseFiles:
         raise CommandError(_explain(name, wanted, status), code="hub") from None
     except LoraError as error:
         raise CommandError(f"{name} cannot be used: {error.message}.", code=error.code) from None
-    except OSError as error:
+    except (TransportError, OSError) as error:
         raise CommandError(f"The Hub does not answer ({type(error).__name__}). Try again.", code="hub") from None
     return checked(folder, source=f"{HUB}{name}", revision=commit)
 

@@ -23,6 +23,16 @@ def curve(points: Sequence[Point], *, width: int = 60, height: int = 8) -> list[
     return [f"{label:>{margin}} ┤{row}".rstrip() for label, row in zip(labels, rows, strict=True)]
 
 
+def smooth(points: Sequence[Point], *, weight: float = 0.9) -> list[Point]:
+    """The exponential moving average of y, each point with the same share of what came before it from the start."""
+    mean = total = 0.0
+    smoothed: list[Point] = []
+    for x, y in points:
+        mean, total = weight * mean + (1 - weight) * y, weight * total + (1 - weight)
+        smoothed.append((x, mean / total))
+    return smoothed
+
+
 def _columns(points: Sequence[Point], count: int) -> dict[int, float]:
     """Column → mean y, for the columns that have points."""
     left, right = min(x for x, _ in points), max(x for x, _ in points)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from cli.client import Client
-from cli.curve import Point, curve
+from cli.curve import Point, curve, smooth
 from cli.objects import ENDED, Event, Job
 
 POLL_SECONDS = 1.0
@@ -59,14 +59,14 @@ class Board:
         return True
 
     def lines(self, *, width: int = 60, height: int = 8) -> list[str]:
-        """The training loss as a curve, and the numbers below it."""
+        """The training loss as a smooth curve (single batches jump up and down), and the numbers below it."""
         if not self.train:
             return []
-        step, loss = self.train[-1]
-        told = f"step {step:.0f}" + (f" of {self.steps}" if self.steps else "") + f" · training loss {loss:.3f}"
+        step, loss = self.train[-1][0], smooth(self.train)[-1][1]
+        told = f"step {step:.0f}" + (f" of {self.steps}" if self.steps else "") + f" · smoothed loss {loss:.3f}"
         if self.valid:
             told += f" · validation loss {self.valid[-1][1]:.3f}"
-        return [*curve(self.train, width=width, height=height), told]
+        return [*curve(smooth(self.train), width=width, height=height), told]
 
 
 def watch(client: Client, job_id: str, console: Console, *, poll_seconds: float = POLL_SECONDS) -> Job:

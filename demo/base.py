@@ -1,6 +1,5 @@
 """A base model of one's own: a byte-level BPE and a small Llama, trained for about a minute on real text."""
 
-import json
 import math
 import shutil
 import time
@@ -9,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cli.home import read_json, write_json
 from demo import corpus
 
 Say = Callable[[str], None]
-MARKER = "demo.json"  # written last: a folder without it is not finished
 BOS, EOS, PAD = 0, 1, 2
 # ChatML without a system default, so that the base also takes rows of messages.
 CHAT_TEMPLATE = (
@@ -44,10 +43,12 @@ class Recipe:
 def make_base(folder: Path, say: Say, recipe: Recipe | None = None) -> Path:
     """Trains the base model into `folder`, or keeps what is there if the same recipe made it."""
     recipe = recipe or Recipe()
-    if _made_by(folder) == asdict(recipe):
+    marker = folder.with_name(folder.name + ".json")  # written last: without it, nothing is finished
+    if folder.is_dir() and read_json(marker) == asdict(recipe):
         say(f"The base model of the last demo is in {folder}.")
         return folder
     stage = folder.with_name(folder.name + ".unfinished")
+    marker.unlink(missing_ok=True)
     for old in (folder, stage):
         shutil.rmtree(old, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -58,8 +59,8 @@ def make_base(folder: Path, say: Say, recipe: Recipe | None = None) -> Path:
     model = train_model(stream, recipe, say)
     model.save_pretrained(stage)
     tokenizer.save_pretrained(stage)
-    (stage / MARKER).write_text(json.dumps(asdict(recipe)))
     stage.rename(folder)
+    write_json(marker, asdict(recipe))
     return folder
 
 
@@ -97,6 +98,7 @@ def train_model(stream: Any, recipe: Recipe, say: Say) -> Any:
     """A Llama from random weights, by next-token prediction on random windows of `stream`."""
     import torch
 
+    torch.set_num_threads(min(torch.get_num_threads(), 4))  # more threads make so small a model slower
     torch.manual_seed(recipe.seed)
     model = new_model(recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -144,10 +146,3 @@ def _factor(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     return 0.1 + 0.45 * (1 + math.cos(math.pi * step / recipe.steps))
-
-
-def _made_by(folder: Path) -> Any:
-    try:
-        return json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
-        return None

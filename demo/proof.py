@@ -35,15 +35,14 @@ class Proof:
 
 
 def prove(
-    base: Path, adapter: Path, merged: Path, rows: list[dict[str, str]], *, question_rows: Sequence[int] = (0, 1)
+    base: Path, adapter: Path, merged: Path, rows: Sequence[dict[str, str]], questions: Sequence[dict[str, str]]
 ) -> Proof:
-    """Load each model as its users would, measure all on `rows`; ProofFailed if a claim does not hold."""
+    """Load each model as its users would, measure all on `rows`, ask them `questions`; ProofFailed if a claim fails."""
     from lora_core.data import tokenize_rows
     from lora_core.model import load_base
 
     tokenizer = load_base(base)[1]
     examples = tokenize_rows(tokenizer, rows, max_length=256).examples
-    questions = [rows[index] for index in question_rows]
     answers: dict[str, list[str]] = {}
     candidates: list[Candidate] = []
     for name, load in loaders(base, adapter, merged).items():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from cli.curve import BLANK, curve
+from cli.curve import BLANK, curve, smooth
 
 
 def dots(lines: list[str]) -> set[tuple[int, int]]:
@@ -50,3 +50,11 @@ def test_nothing_finite_is_no_curve(points: list[tuple[float, float]]) -> None:
 
 def test_values_that_are_not_finite_are_left_out() -> None:
     assert curve([(0, 1.0), (1, math.nan), (2, 2.0)]) == curve([(0, 1.0), (2, 2.0)])
+
+
+def test_smoothing_keeps_a_flat_line_and_calms_a_jumpy_one() -> None:
+    assert [y for _, y in smooth([(x, 2.0) for x in range(5)])] == pytest.approx([2.0] * 5)
+    calm = smooth([(x, 10.0 * (x % 2)) for x in range(200)])
+    assert [x for x, _ in calm] == list(range(200))
+    assert all(4 < y < 6 for _, y in calm[100:])
+    assert smooth([(0, 3.0), (1, 5.0)])[0] == pytest.approx((0, 3.0))
