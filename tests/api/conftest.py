@@ -15,9 +15,14 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api.main import create_app
+from registry.blobs import store_file
 from registry.db import SessionFactory, transaction
+from registry.jobs.lease import claim
+from registry.jobs.publish import publish_version
 from registry.keys import create_key
 from registry.settings import Settings
+from registry.storage import ObjectStore
+from registry.storage.digests import digest_file
 from registry.tenants import default_tenant
 from tests.factories import make_base_model, make_tenant
 
@@ -28,6 +33,8 @@ ROWS = b"".join(
     for n in range(3)
 )
 BASE = "tiny-base"
+WEIGHTS = bytes(range(256)) * 20
+CONFIG = b'{"peft_type": "LORA"}'
 
 
 @pytest.fixture
@@ -136,3 +143,49 @@ def server(app: FastAPI, key: str) -> Iterator[str]:
     server.should_exit = True
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def app_store(app: FastAPI) -> ObjectStore:
+    """The store that the application uses."""
+    return app.state.depot.store
+
+
+@pytest.fixture
+def put(
+    sessions: SessionFactory, app_store: ObjectStore, tmp_path: Path, tenant_id: uuid.UUID
+) -> Callable[..., uuid.UUID]:
+    def put_bytes(data: bytes) -> uuid.UUID:
+        path = tmp_path / uuid.uuid4().hex
+        path.write_bytes(data)
+        sha256, size = digest_file(path)
+        return store_file(sessions, app_store, path, sha256=sha256, size=size, tenant_id=tenant_id)
+
+    return put_bytes
+
+
+@pytest.fixture
+def publish(
+    submit: Callable[..., Any], sessions: SessionFactory, put: Callable[..., uuid.UUID]
+) -> Callable[..., dict[str, Any]]:
+    """Submits a job and publishes what a worker would have made; the job object as it was submitted."""
+
+    def publish_next(adapter: str = "bot") -> dict[str, Any]:
+        job_json = submit(lora={"adapter": adapter, "r": 4}).json()
+        files = {"adapter_config.json": put(CONFIG), "adapter_model.safetensors": put(WEIGHTS)}
+        with transaction(sessions) as session:
+            job = claim(session, queues=["default"], worker="w", lease_seconds=60)
+            assert job is not None
+        with transaction(sessions) as session:
+            publish_version(
+                session,
+                job_id=job.id,
+                fence=job.fence or 0,
+                files=files,
+                manifest={"files": [], "spec": job.spec},
+                metrics={"train_loss": 1.5},
+                trained_tokens=10,
+            )
+        return job_json
+
+    return publish_next

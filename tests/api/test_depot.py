@@ -3,69 +3,18 @@
 import hashlib
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from registry.blobs import store_file
 from registry.db import SessionFactory, transaction
 from registry.jobs.fail import fail
 from registry.jobs.lease import claim
-from registry.jobs.publish import publish_merge, publish_version
+from registry.jobs.publish import publish_merge
 from registry.models import Tenant
-from registry.storage import ObjectStore
-from registry.storage.digests import digest_file
-from tests.api.conftest import BASE, refused, upload
+from tests.api.conftest import BASE, CONFIG, WEIGHTS, refused
 from tests.factories import make_adapter
-from tests.tiny import make_base
-
-WEIGHTS = bytes(range(256)) * 20
-CONFIG = b'{"peft_type": "LORA"}'
-
-
-@pytest.fixture
-def store(app: Any) -> ObjectStore:
-    return app.state.depot.store
-
-
-@pytest.fixture
-def put(sessions: SessionFactory, store: ObjectStore, tmp_path: Path, tenant_id: uuid.UUID) -> Callable[..., uuid.UUID]:
-    def put_bytes(data: bytes) -> uuid.UUID:
-        path = tmp_path / uuid.uuid4().hex
-        path.write_bytes(data)
-        sha256, size = digest_file(path)
-        return store_file(sessions, store, path, sha256=sha256, size=size, tenant_id=tenant_id)
-
-    return put_bytes
-
-
-@pytest.fixture
-def publish(
-    submit: Callable[..., Any], sessions: SessionFactory, put: Callable[..., uuid.UUID]
-) -> Callable[..., dict[str, Any]]:
-    """Submits a job and publishes what a worker would have made; the job object as it was submitted."""
-
-    def publish_next(adapter: str = "bot") -> dict[str, Any]:
-        job_json = submit(lora={"adapter": adapter, "r": 4}).json()
-        files = {"adapter_config.json": put(CONFIG), "adapter_model.safetensors": put(WEIGHTS)}
-        with transaction(sessions) as session:
-            job = claim(session, queues=["default"], worker="w", lease_seconds=60)
-            assert job is not None
-        with transaction(sessions) as session:
-            publish_version(
-                session,
-                job_id=job.id,
-                fence=job.fence or 0,
-                files=files,
-                manifest={"files": [], "spec": job.spec},
-                metrics={"train_loss": 1.5},
-                trained_tokens=10,
-            )
-        return job_json
-
-    return publish_next
 
 
 class TestAdapters:
@@ -267,100 +216,3 @@ class TestMerges:
         body = client.get(f"/v1/merges/{merge['id']}").json()
         assert (body["status"], body["error"]) == ("failed", {"code": "not_finite", "message": "NaN"})
         assert client.post("/v1/adapters/bot/versions/1/merges").status_code == 202
-
-
-class TestBaseModels:
-    def upload_base(self, client: TestClient, directory: Path) -> dict[str, str]:
-        return {
-            path.name: upload(client, path.read_bytes(), name=path.name, purpose="base-model").json()["id"]
-            for path in directory.iterdir()
-        }
-
-    def test_register_read_and_train_on_it(
-        self, client: TestClient, tmp_path: Path, submit: Callable[..., Any]
-    ) -> None:
-        make_base(tmp_path / "base")
-        files = self.upload_base(client, tmp_path / "base")
-        response = client.post("/v1/base-models", json={"name": "org/tiny", "files": files})
-        assert response.status_code == 201, response.text
-        body = response.json()
-        assert (body["name"], body["source"], body["architecture"]) == ("org/tiny", "upload", "llama")
-        assert "q_proj" in body["linear_modules"]
-        assert {f["path"] for f in body["files"]} == set(files)
-        for address in ("/v1/base-models/org/tiny", "/v1/base-models/org%2Ftiny"):
-            assert client.get(address).json() == body
-        again = client.post("/v1/base-models", json={"name": "org/tiny", "files": files})
-        assert again.json() == body
-        names = [b["name"] for b in client.get("/v1/base-models").json()["data"]]
-        assert names == sorted([BASE, "org/tiny"])
-        assert submit(model="org/tiny", lora={"r": 2}).status_code == 200
-
-    def test_files_must_be_uploads_for_a_base_model(self, client: TestClient, file_id: str) -> None:
-        for text in (file_id, "/etc/passwd", f"file-{uuid.uuid4().hex}"):
-            response = client.post("/v1/base-models", json={"name": "x", "files": {"config.json": text}})
-            assert response.status_code == 422
-            assert response.json()["error"]["param"] == "files.config.json"
-
-    def test_what_is_no_model(self, client: TestClient) -> None:
-        config = upload(client, b'{"model_type": "evil"}', name="config.json", purpose="base-model").json()["id"]
-        response = client.post("/v1/base-models", json={"name": "x", "files": {"config.json": config}})
-        refused(response, 422, "invalid_base_model")
-
-    @pytest.mark.parametrize("name", ["../x", "a/b/c", "", "https://x"])
-    def test_names_have_a_grammar(self, client: TestClient, name: str) -> None:
-        refused(client.post("/v1/base-models", json={"name": name, "files": {}}), 422, "invalid_base_model_name")
-
-    @pytest.mark.parametrize("field", ["endpoint", "bucket", "url", "trust_remote_code"])
-    def test_no_place_is_taken_from_a_client(self, client: TestClient, field: str) -> None:
-        response = client.post("/v1/base-models", json={"name": "x", "files": {}, field: "s3://x"})
-        refused(response, 422, "unknown_field")
-
-
-class TestModels:
-    def test_list_and_read(self, client: TestClient, publish: Callable[..., Any]) -> None:
-        publish()
-        publish()
-        client.put("/v1/adapters/bot/aliases/production", json={"version": 1})
-        body = client.get("/v1/models").json()
-        assert [m["id"] for m in body["data"]] == [BASE, "bot@2"]
-        assert client.get(f"/v1/models/{BASE}").json()["id"] == BASE
-        assert client.get("/v1/models/bot@1").json()["id"] == "bot@1"
-        assert client.get("/v1/models/bot@production").json()["id"] == "bot@1"
-        for absent in ("bot", "bot@9", "x@1", "bot@"):
-            refused(client.get(f"/v1/models/{absent}"), 404, "model_not_found")
-
-
-class TestLinks:
-    @pytest.fixture
-    def token(self, client: TestClient, publish: Callable[..., Any]) -> str:
-        publish()
-        link = client.get("/v1/adapters/bot/versions/1/files/adapter_config.json").headers["location"]
-        return link.rpartition("/")[2]
-
-    def test_head_and_ranges(self, client: TestClient, token: str) -> None:
-        head = client.head(f"/v1/objects/{token}")
-        assert (head.status_code, head.content) == (200, b"")
-        assert head.headers["content-length"] == str(len(CONFIG))
-        part = client.get(f"/v1/objects/{token}", headers={"Range": "bytes=2-5"})
-        assert (part.status_code, part.content) == (206, CONFIG[2:6])
-        assert part.headers["content-range"] == f"bytes 2-5/{len(CONFIG)}"
-        beyond = client.get(f"/v1/objects/{token}", headers={"Range": "bytes=999-"})
-        refused(beyond, 416, "range_not_satisfiable")
-
-    def test_a_changed_token_opens_nothing(self, client: TestClient, token: str) -> None:
-        for changed in (token[:-1] + ("0" if token[-1] != "0" else "1"), "x" + token, token.partition(".")[0], "x"):
-            refused(client.get(f"/v1/objects/{changed}"), 403, "link_invalid")
-
-    def test_an_expired_token_opens_nothing(self, client: TestClient, token: str, store: Any) -> None:
-        key, filename = store.open_link(token, now=0)
-        old = store.link(key, filename=filename, seconds=-1).rpartition("/")[2]
-        refused(client.get(f"/v1/objects/{old}"), 403, "link_expired")
-
-    def test_a_removed_object_is_not_found(self, client: TestClient, token: str, store: Any) -> None:
-        key, _ = store.open_link(token, now=0)
-        store.delete(key)
-        refused(client.get(f"/v1/objects/{token}"), 404, "artifact_not_found")
-
-    def test_response_headers_cannot_be_chosen_by_the_link(self, client: TestClient, token: str) -> None:
-        response = client.get(f"/v1/objects/{token}", params={"response-content-type": "text/html"})
-        refused(response, 422, "unknown_parameter")
