@@ -152,7 +152,7 @@ class UnknownTrainingFile(Invalid):
 class UnknownBaseFile(Invalid):
     """No file with this id and purpose `base-model` exists. Upload it with `POST /v1/files` first."""
 
-    code = "unknown_file"
+    code = "unknown_base_file"
 
 
 class UnknownTargetModules(Invalid):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import api.refusals  # noqa: F401 - its errors count too
 from registry import errors
 from registry.settings import PREFIX, Settings
 
