@@ -4,6 +4,7 @@ from registry.db import Base
 from registry.models.adapter import Adapter, Alias, LineageEdge, Version, VersionFile
 from registry.models.base_model import BaseModel, BaseModelFile
 from registry.models.blob import Blob
+from registry.models.checkpoint import Checkpoint, CheckpointFile
 from registry.models.file import File
 from registry.models.job import Control, IdempotencyKey, Job, JobEvent, JobTransition, Outbox, fence_seq
 from registry.models.merge import Merge, MergeFile
@@ -17,6 +18,8 @@ __all__ = [
     "BaseModel",
     "BaseModelFile",
     "Blob",
+    "Checkpoint",
+    "CheckpointFile",
     "Control",
     "File",
     "IdempotencyKey",
