@@ -93,9 +93,10 @@ def run(client: Client, folder: Path, recipe: Recipe | None = None) -> Proof:
     adapter, merged = fetch(client, version, folder)
     title("6  Proof, on questions about modules that no training saw")
     rows = corpus.pairs("heldout")
-    questions = [row for row in rows if row["prompt"].startswith("What does")]
+    functions = [row for row in rows if row["prompt"].startswith("What does")]
+    asked = functions[:: len(functions) // QUESTIONS][:QUESTIONS]
     # Evenly over all modules, which come in the order of their names.
-    proof = prove(base, adapter, merged, rows[:: len(rows) // HELDOUT_ROWS], questions[:: len(questions) // QUESTIONS])
+    proof = prove(base, adapter, merged, rows[:: len(rows) // HELDOUT_ROWS], asked)
     show_proof(proof)
     return proof
 
@@ -170,8 +171,9 @@ def show_proof(proof: Proof) -> None:
         distance = proof.difference.get(candidate.name)
         table.add_row(candidate.name, f"{candidate.loss:.4f}", "-" if distance is None else f"{distance:.1e}")
     console.print(table)
+    nothing = "(nothing)"
     for question, real, base, adapted in proof.samples:
-        say(f"\n{question}\n   docstring: {real}\n        base: {base}\n     adapter: {adapted}")
+        say(f"\n{question}\n   docstring: {real}\n        base: {base or nothing}\n     adapter: {adapted or nothing}")
 
 
 def farewell(url: str, home: Home, *, stays: bool) -> None:
