@@ -38,6 +38,12 @@ class BadAdapter(LoraError):
     code = "invalid_adapter"
 
 
+class BadRecipe(LoraError):
+    """A stored merge recipe is not one that this release wrote."""
+
+    code = "invalid_recipe"
+
+
 class KeyMismatch(LoraError):
     """Tensor names of an adapter and of a base model do not fit one to one."""
 
@@ -60,6 +66,18 @@ class TrainingDiverged(NonFinite):
     """The loss or a gradient became NaN or infinite during training."""
 
     code = "training_diverged"
+
+
+class BadCheckpoint(LoraError):
+    """A folder is not a whole, undamaged checkpoint that this release can read."""
+
+    code = "invalid_checkpoint"
+
+
+class CheckpointMismatch(LoraError):
+    """A checkpoint belongs to another run: going on from it would mix two."""
+
+    code = "checkpoint_mismatch"
 
 
 class NoGradient(LoraError):

@@ -20,10 +20,11 @@ import numpy as np
 
 from lora_core.errors import NonFinite
 from lora_core.floats import DTYPE_NAMES, FLOATS, Array, Scratch, square_sum
-from lora_core.gate import WEIGHTS_FILE, read_factor
+from lora_core.gate import WEIGHTS_FILE
 from lora_core.header import ITEM_BYTES, Header, TensorInfo, encode_header
 from lora_core.plan import MergePlan, plan_merge
 from lora_core.shards import COMPANION_FILES, INDEX_FILE, ByteReader, HashingWriter, staged_directory
+from lora_core.updates import AdapterReader, Update, load_update
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[int, int], None]
@@ -32,9 +33,6 @@ Layout = tuple[bytes, Header]
 # A block's float64 values fill half a megabyte, so that every pass over them finds them in the L2 cache.
 BLOCK_ITEMS = 65_536
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 16, 256
-# Products of at most so many multiplications stay on the calling thread in OpenBLAS. Its threads beside ours, on
-# the same cores, wait for each other: a merge took 50 times as long.
-_TILE_MULTIPLICATIONS = 2**18
 _THREADS = 2
 _BLOCKS_IN_FLIGHT = 6
 
@@ -101,23 +99,6 @@ def merge(
     return report
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """ΔW = left (rows, r) · right (r, columns), float64, scaled, in the orientation of the stored tensor."""
-
-    left: Array
-    right: Array
-
-    def multiply(self, first: int, out: Array) -> None:
-        """Rows of ΔW from `first` on, as many as fill `out`."""
-        r, columns = self.right.shape
-        out = out.reshape(-1, columns)
-        left = self.left[first : first + len(out)]
-        step = max(_TILE_MULTIPLICATIONS // (len(out) * r), 1)
-        for begin in range(0, columns, step):
-            np.matmul(left, self.right[:, begin : begin + step], out=out[:, begin : begin + step])
-
-
 @dataclass
 class _Sums:
     """Squared norms of one tensor, filled in as its blocks pass."""
@@ -136,7 +117,8 @@ class _Piece:
     offset: int
     size: int
     first: int
-    factors: _Factors | None
+    columns: int
+    update: Update | None
 
 
 @dataclass(frozen=True)
@@ -156,14 +138,15 @@ class _Merger:
     def __init__(self, base_dir: Path, adapter_dir: Path, plan: MergePlan) -> None:
         self._base_dir = base_dir
         self._plan = plan
-        self._adapter = ByteReader(adapter_dir / WEIGHTS_FILE)
+        self._weights = ByteReader(adapter_dir / WEIGHTS_FILE)
+        self._adapter = AdapterReader(plan.adapter_header, self._weights.read)
         self._pool = ThreadPoolExecutor(_THREADS, "merge")
         self._local = threading.local()
         self._sums: dict[str, _Sums] = {}
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._adapter.close()
+        self._weights.close()
 
     def tensor_reports(self) -> list[TensorReport]:
         return [
@@ -194,39 +177,32 @@ class _Merger:
         sources = {tensor.name: tensor for tensor in old.tensors}
         for after in new.tensors:
             before = sources[after.name]
-            factors = self._factors(after.name)
-            columns = before.shape[-1] if factors else 1
-            rows = min(max(BLOCK_ITEMS // columns, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS) if factors else BLOCK_ITEMS
+            recipe = self._plan.recipe.tensors.get(after.name)
+            update = load_update(recipe, self._adapter) if recipe else None
+            if update:
+                self._sums[after.name] = _Sums()
+            columns = recipe.columns if recipe else 1
+            rows = min(max(BLOCK_ITEMS // columns, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS) if recipe else BLOCK_ITEMS
             step = rows * columns * ITEM_BYTES[before.dtype]
             for number, begin in enumerate(range(before.begin, before.end, step)):
                 size = min(step, before.end - begin)
-                yield _Piece(before, after, old.data_start + begin, size, number * rows, factors)
-
-    def _factors(self, name: str) -> _Factors | None:
-        update = self._plan.updates.get(name)
-        if update is None:
-            return None
-        lora_A = read_factor(self._adapter, self._plan.adapter_header, update.pair.lora_A)
-        lora_B = read_factor(self._adapter, self._plan.adapter_header, update.pair.lora_B)
-        lora_B *= update.scaling
-        self._sums[name] = _Sums()
-        if self._plan.config.fan_in_fan_out:
-            return _Factors(np.ascontiguousarray(lora_A.T), np.ascontiguousarray(lora_B.T))
-        return _Factors(lora_B, lora_A)
+                yield _Piece(before, after, old.data_start + begin, size, number * rows, columns, update)
 
     def _compute(self, source: ByteReader, piece: _Piece) -> _Block:
         raw = source.read(piece.offset, piece.size)
-        if piece.factors is None and piece.before.dtype == piece.after.dtype:
+        if piece.update is None and piece.before.dtype == piece.after.dtype:
             return _Block(piece.after.name, raw)
         items = piece.size // ITEM_BYTES[piece.before.dtype]
         scratch = self._scratch(items)
         values = scratch.widen(raw, piece.before.dtype, scratch.values)
         weight = delta = 0.0
-        if piece.factors:
-            product = scratch.product[:items]
-            piece.factors.multiply(piece.first, product)
-            weight, delta = square_sum(values), square_sum(product)
-            np.add(values, product, out=values)
+        if piece.update:
+            weight = square_sum(values)
+            change = scratch.product[:items]
+            np.negative(values, out=change)
+            piece.update.apply(values.reshape(-1, piece.columns), piece.first)
+            change += values
+            delta = square_sum(change)
         data = scratch.narrow(values, piece.after.dtype)
         lost = scratch.rounding_loss(values, data, piece.after.dtype)
         if not math.isfinite(lost):

@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_core.config import OUTPUT_LAYER, LoraConfig
 from lora_core.errors import BadBase, KeyMismatch, ShapeMismatch
 from lora_core.floats import FLOATS
 from lora_core.gate import Pair, adapter_pairs, read_adapter_config, read_adapter_header
 from lora_core.header import Header, TensorInfo
+from lora_core.recipe import LowRank, Recipe, TensorRecipe
 from lora_core.shards import ShardIndex, open_checkpoint
 
 _EMBEDDINGS = ("embed_tokens", "wte")
@@ -17,21 +19,12 @@ _OUTPUT_LAYERS = (OUTPUT_LAYER, "embed_out")
 
 
 @dataclass(frozen=True)
-class Update:
-    """The factors for one checkpoint tensor, and the scaling of their product."""
-
-    pair: Pair
-    scaling: float
-
-
-@dataclass(frozen=True)
 class MergePlan:
-    """`updates` maps checkpoint tensors to what is added to them; all others are only copied."""
+    """The base's shards, the adapter's header, and what each output tensor is made of."""
 
     index: ShardIndex
-    config: LoraConfig
     adapter_header: Header
-    updates: Mapping[str, Update]
+    recipe: Recipe
 
 
 def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
@@ -39,14 +32,30 @@ def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
     index = open_checkpoint(base_dir)
     config = read_adapter_config(adapter_dir)
     header = read_adapter_header(adapter_dir)
-    pairs = adapter_pairs(header, config)
-    _check_embeddings(base_dir, pairs)
-    tensors = index.tensors()
+    base_config = json.loads((base_dir / "config.json").read_bytes())
+    return MergePlan(index, header, make_recipe(index.tensors(), base_config, header, config))
+
+
+def make_recipe(
+    tensors: Mapping[str, TensorInfo], base_config: Mapping[str, Any], adapter: Header, config: LoraConfig
+) -> Recipe:
+    """The recipe of a merge from the base's tensors and config.json and the adapter's header and config."""
+    pairs = adapter_pairs(adapter, config)
+    _check_embeddings(base_config, pairs)
     names = checkpoint_names(list(pairs), tensors)
     for path, pair in pairs.items():
         _check_fit(tensors[names[path]], pair.shape[::-1] if config.fan_in_fan_out else pair.shape)
-    updates = {names[path]: Update(pair, config.scaling_for(path)) for path, pair in pairs.items()}
-    return MergePlan(index, config, header, updates)
+    return Recipe({names[path]: _add(tensors[names[path]], pair, config, path) for path, pair in sorted(pairs.items())})
+
+
+def _add(base: TensorInfo, pair: Pair, config: LoraConfig, path: str) -> TensorRecipe:
+    term = LowRank(
+        lora_A=pair.lora_A.name,
+        lora_B=pair.lora_B.name,
+        scaling=config.scaling_for(path),
+        transposed=config.fan_in_fan_out,
+    )
+    return TensorRecipe(base=base.name, dtype=base.dtype, shape=base.shape, columns=base.shape[1], terms=(term,))
 
 
 def checkpoint_names(paths: list[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -76,8 +85,8 @@ def _check_fit(tensor: TensorInfo, shape: tuple[int, int]) -> None:
         raise BadBase(f"{tensor.name} is {tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged into")
 
 
-def _check_embeddings(base_dir: Path, paths: Iterable[str]) -> None:
-    tied = json.loads((base_dir / "config.json").read_bytes()).get("tie_word_embeddings", False)
+def _check_embeddings(base_config: Mapping[str, Any], paths: Iterable[str]) -> None:
+    tied = base_config.get("tie_word_embeddings", False)
     for path in paths:
         name = path.rpartition(".")[2]
         if name in _EMBEDDINGS:
