@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from cli.base_source import find_base
 from cli.console import facts, out, say, show, size
 from cli.session import AsJson, connected
 from cli.transfer import bars, upload_base
@@ -18,6 +17,8 @@ def add(
     origin: Annotated[str, typer.Option("--from", help="A folder, or hub:org/name[@revision].")],
 ) -> None:
     """Upload a base model and register it."""
+    from cli.base_source import find_base  # numpy, which no other command waits for
+
     with connected() as client:
         found = find_base(origin, say)
         if found.skipped:

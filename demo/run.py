@@ -70,7 +70,9 @@ def main() -> int:
 
 
 def quieten() -> None:
-    """Nothing but the story on the terminal: no bars and advice of the libraries underneath."""
+    """Nothing but the story on the terminal, and no core kept busy with waiting. Must come before torch is loaded."""
+    # Threads that wait for each other asleep: spinning, they take the cores from the worker, the API and Postgres.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
