@@ -128,7 +128,7 @@ def jobs(
 )
 def job(job_id: str, session: SessionDep, principal: PrincipalDep) -> JobObject:
     """One job: `status` for OpenAI's clients, `state` and `progress` for more."""
-    found = get_job(session, tenant_id=principal.tenant_id, job_id=_job_id(job_id))
+    found = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
     return job_object(found, job_names(session, [found])[found.id])
 
 
@@ -142,7 +142,7 @@ def job(job_id: str, session: SessionDep, principal: PrincipalDep) -> JobObject:
 )
 def cancel(job_id: str, session: SessionDep, principal: PrincipalDep) -> JobObject:
     """Ends a queued job at once; a running one at its next heartbeat, until then its `state` is `cancelling`."""
-    wanted = get_job(session, tenant_id=principal.tenant_id, job_id=_job_id(job_id))
+    wanted = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
     cancelled = request_cancel(session, tenant_id=principal.tenant_id, job_id=wanted.id)
     return job_object(cancelled, job_names(session, [cancelled])[cancelled.id])
 
@@ -163,7 +163,7 @@ def events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Listing[EventObject]:
     """What the job told: log lines, points of its curves, changes of its state."""
-    found = get_job(session, tenant_id=principal.tenant_id, job_id=_job_id(job_id))
+    found = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
     cursor = None
     if after is not None:
         if (match := _EVENT_ID.fullmatch(after)) is None:
@@ -227,7 +227,8 @@ def _error(job: Job) -> JobError | None:
     return JobError(code=job.error_code, message=job.error_message or job.error_code)
 
 
-def _job_id(text: str) -> uuid.UUID:
+def parse_job_id(text: str) -> uuid.UUID:
+    """The row id in a job's public id; JobNotFound for any other text."""
     if (found := parse_id("ftjob", text)) is None:
         raise errors.JobNotFound
     return found

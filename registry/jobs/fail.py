@@ -3,13 +3,13 @@
 import uuid
 from typing import Literal
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from registry.jobs.attempts import count_bugs, end_attempt
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.moves import backoff_seconds, finish, lock_owned, note_error, requeue
 from registry.jobs.states import JobState
-from registry.models import Job, JobEvent
+from registry.models import Job
 
 ErrorClass = Literal["user", "diverged", "oom", "infra", "bug", "drain"]
 
@@ -33,15 +33,18 @@ def fail(
     without limit or penalty; `user`, `diverged` and `oom` would only repeat themselves."""
     job = lock_owned(session, job_id, fence)
     if job.state == JobState.CANCELLING:
+        end_attempt(session, job, "cancelled", error_class=error_class, code=code, message=message)
         return finish(session, job, JobState.CANCELLED)
     if error_class == "drain":
+        end_attempt(session, job, "released", error_class=error_class, code=code, message=message)
         return requeue(session, job, delay_seconds=0)
-    bugs = _bugs_so_far(session, job) if error_class == "bug" else 0
+    earlier_bugs = count_bugs(session, job.id) if error_class == "bug" else 0
+    end_attempt(session, job, "failed", error_class=error_class, code=code, message=message)
     _tell(session, job, error_class, code, message)
     if error_class == "infra":
         return lose_attempt(session, job, first_backoff=FIRST_BACKOFF_SECONDS, max_infra_failures=max_infra_failures)
-    if error_class == "bug" and bugs < MAX_BUG_RETRIES:
-        return requeue(session, job, delay_seconds=backoff_seconds(FIRST_BACKOFF_SECONDS, bugs))
+    if error_class == "bug" and earlier_bugs < MAX_BUG_RETRIES:
+        return requeue(session, job, delay_seconds=backoff_seconds(FIRST_BACKOFF_SECONDS, earlier_bugs))
     return finish(session, job, JobState.FAILED)
 
 
@@ -51,12 +54,6 @@ def lose_attempt(session: Session, job: Job, *, first_backoff: float, max_infra_
     if job.infra_failures > max_infra_failures:
         return finish(session, job, JobState.FAILED)
     return requeue(session, job, delay_seconds=backoff_seconds(first_backoff, job.infra_failures - 1))
-
-
-def _bugs_so_far(session: Session, job: Job) -> int:
-    bugs = select(func.count()).select_from(JobEvent)
-    bugs = bugs.where(JobEvent.job_id == job.id, JobEvent.data["error_class"].astext == "bug")
-    return session.scalars(bugs).one()
 
 
 def _tell(session: Session, job: Job, error_class: ErrorClass, code: str, message: str) -> None:

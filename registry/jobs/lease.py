@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from registry.errors import FenceLost
+from registry.jobs.attempts import end_attempt, open_attempt
 from registry.jobs.clock import NOW, in_seconds
 from registry.jobs.conditions import IS_OWNED, IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
@@ -75,7 +76,9 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
     """The owner lets go without fault: back to the queue at once, no penalty; cancelled if that was asked for."""
     job = lock_owned(session, job_id, fence)
     if job.state == JobState.CANCELLING:
+        end_attempt(session, job, "cancelled")
         return finish(session, job, JobState.CANCELLED)
+    end_attempt(session, job, "released")
     return requeue(session, job, delay_seconds=0)
 
 
@@ -130,4 +133,7 @@ def _take(
         )
         .returning(Job)
     )
-    return session.scalars(taken, execution_options={"synchronize_session": False, "populate_existing": True}).one()
+    options = {"synchronize_session": False, "populate_existing": True}
+    job = session.scalars(taken, execution_options=options).one()
+    open_attempt(session, job)
+    return job

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from registry import lineage
 from registry.blobs import take_refs
 from registry.errors import CancelRequested, FenceLost
+from registry.jobs.attempts import end_attempt
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.moves import finish, lock_job
 from registry.jobs.states import JobState
@@ -62,6 +63,7 @@ def publish_version(
     job.trained_tokens = trained_tokens
     told = f"Published {version.adapter.name}@{version.version}."
     add_events(session, job.id, fence, [NewEvent("message", "info", told, {"version": version.version})])
+    end_attempt(session, job, "succeeded")
     finish(session, job, JobState.SUCCEEDED)
     return Published(version.version, replayed=False)
 
@@ -87,6 +89,7 @@ def publish_merge(
     version: lineage.Node = ("version", merge.version_id)
     lineage.record(session, child=child, relation="merged_from", parent=version, digest=merge.version.digest)
     _record_base(session, child, job)
+    end_attempt(session, job, "succeeded")
     finish(session, job, JobState.SUCCEEDED)
     return False
 

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from registry.jobs.attempts import end_attempt
 from registry.jobs.clock import NOW, read_clock
 from registry.jobs.conditions import IS_OWNED
 from registry.jobs.events import NewEvent, add_events
@@ -60,6 +61,7 @@ def _reap_expired(session: Session, max_infra_failures: int) -> int:
 def _reap(session: Session, job: Job, max_infra_failures: int) -> None:
     lost = NewEvent("message", "warn", WORKER_LOST, {"error_class": "infra", "worker": job.worker})
     add_events(session, job.id, job.fence, [lost])
+    end_attempt(session, job, "lost", error_class="infra", code="worker_lost", message=WORKER_LOST)
     job.fence = session.scalars(select(fence_seq.next_value())).one()  # the old owner is out at once
     if job.state == JobState.CANCELLING:
         finish(session, job, JobState.CANCELLED)

@@ -6,7 +6,17 @@ from registry.models.base_model import BaseModel, BaseModelFile
 from registry.models.blob import Blob
 from registry.models.checkpoint import Checkpoint, CheckpointFile
 from registry.models.file import File
-from registry.models.job import Control, IdempotencyKey, Job, JobEvent, JobTransition, Outbox, fence_seq
+from registry.models.job import (
+    Control,
+    IdempotencyKey,
+    Job,
+    JobAttempt,
+    JobEvent,
+    JobTransition,
+    Outbox,
+    Worker,
+    fence_seq,
+)
 from registry.models.merge import Merge, MergeFile
 from registry.models.tenant import ApiKey, Tenant
 
@@ -24,6 +34,7 @@ __all__ = [
     "File",
     "IdempotencyKey",
     "Job",
+    "JobAttempt",
     "JobEvent",
     "JobTransition",
     "LineageEdge",
@@ -33,5 +44,6 @@ __all__ = [
     "Tenant",
     "Version",
     "VersionFile",
+    "Worker",
     "fence_seq",
 ]

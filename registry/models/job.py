@@ -4,13 +4,17 @@ import uuid
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     CheckConstraint,
+    Computed,
+    Double,
     ForeignKey,
     Index,
     LargeBinary,
     Sequence,
     SmallInteger,
+    String,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -20,6 +24,13 @@ from registry.db import Base
 from registry.models.columns import Created, Id, Json, Moment, Serial
 
 fence_seq = Sequence("fence_seq", metadata=Base.metadata)
+
+
+def number_in_metrics(name: str, as_type: str) -> Computed:
+    """A column that Postgres fills from `data` of metrics events, where it holds a number of this name."""
+    is_number = f"type = 'metrics' AND jsonb_typeof(data -> '{name}') = 'number'"
+    return Computed(f"CASE WHEN {is_number} THEN (data ->> '{name}')::{as_type} END", persisted=True)
+
 
 OWNED = "state IN ('running', 'cancelling')"
 TERMINAL = "state IN ('succeeded', 'failed', 'cancelled')"
@@ -36,7 +47,12 @@ class Job(Base):
         CheckConstraint(f"({OWNED}) = (lease_expires_at IS NOT NULL)", name="lease_iff_owned"),
         CheckConstraint(f"NOT ({OWNED}) OR (fence IS NOT NULL AND worker IS NOT NULL)", name="owned_has_fence"),
         CheckConstraint(f"({TERMINAL}) = (finished_at IS NOT NULL)", name="terminal_has_end"),
-        Index("ix_jobs_claim", "queue", "priority", "run_after", "id", postgresql_where=text("state = 'queued'")),
+        Index(
+            "ix_jobs_claim",
+            *("tenant_id", "queue", "priority", "run_after", "id"),
+            postgresql_where=text("state = 'queued' AND paused_at IS NULL"),
+        ),
+        Index("ix_jobs_queued", "tenant_id", "deadline_at", postgresql_where=text("state = 'queued'")),
         Index("ix_jobs_lease", "lease_expires_at", postgresql_where=text(OWNED)),
         Index("ix_jobs_listing", "tenant_id", "kind", "created_at", "id"),
     )
@@ -54,6 +70,14 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("100"))
     state: Mapped[str] = mapped_column(server_default=text("'queued'"))
     run_after: Mapped[Created]
+    deadline_seconds: Mapped[int] = mapped_column(
+        server_default=text("604800"), comment="the longest it may wait in the queue, counted anew at every return"
+    )
+    deadline_at: Mapped[Moment | None] = mapped_column(comment="when waiting ends in failure; null while paused")
+    paused_at: Mapped[Moment | None] = mapped_column(
+        comment="set: a queued job may not be claimed, a running one is asked to let go"
+    )
+    retry_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"), comment="the job that this one repeats")
     attempt: Mapped[int] = mapped_column(server_default=text("0"), comment="number of claims")
     fence: Mapped[int | None] = mapped_column(BigInteger, comment="token of the current or last owner")
     worker: Mapped[str | None]
@@ -68,6 +92,29 @@ class Job(Base):
     created_at: Mapped[Created]
     started_at: Mapped[Moment | None]
     finished_at: Mapped[Moment | None]
+
+
+class JobAttempt(Base):
+    """One claim of a job and how it ended, written in the transactions that make it so."""
+
+    __tablename__ = "job_attempts"
+    __table_args__ = (
+        CheckConstraint("ending IN ('succeeded', 'failed', 'cancelled', 'released', 'lost')", name="ending_known"),
+        CheckConstraint("(ended_at IS NULL) = (ending IS NULL)", name="ended_has_ending"),
+    )
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    fence: Mapped[int] = mapped_column(BigInteger)
+    worker: Mapped[str]
+    started_at: Mapped[Created]
+    ended_at: Mapped[Moment | None]
+    ending: Mapped[str | None]
+    error_class: Mapped[str | None]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    last_step: Mapped[int | None] = mapped_column(BigInteger)
+    resume: Mapped[str | None] = mapped_column(comment="exact or best_effort; null: it started from the beginning")
 
 
 class JobTransition(Base):
@@ -85,6 +132,13 @@ class JobEvent(Base):
         CheckConstraint("type IN ('message', 'metrics', 'state')", name="type_known"),
         CheckConstraint("level IN ('info', 'warn', 'error')", name="level_known"),
         Index("ix_job_events_job", "job_id", "id"),
+        # A curve is read from this index alone.
+        Index(
+            "ix_job_events_metrics",
+            *("job_id", "fence", "step"),
+            postgresql_include=["id", "train_loss", "valid_loss", "learning_rate", "tokens_per_second"],
+            postgresql_where=text("step IS NOT NULL"),
+        ),
     )
 
     id: Mapped[Serial]
@@ -95,6 +149,24 @@ class JobEvent(Base):
     data: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     fence: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[Created]
+    step: Mapped[int | None] = mapped_column(BigInteger, number_in_metrics("step", "bigint"))
+    train_loss: Mapped[float | None] = mapped_column(Double, number_in_metrics("train_loss", "double precision"))
+    valid_loss: Mapped[float | None] = mapped_column(Double, number_in_metrics("valid_loss", "double precision"))
+    learning_rate: Mapped[float | None] = mapped_column(Double, number_in_metrics("learning_rate", "double precision"))
+    tokens_per_second: Mapped[float | None] = mapped_column(
+        Double, number_in_metrics("tokens_per_second", "double precision")
+    )
+
+
+class Worker(Base):
+    """Who looked for work lately, so that a waiting job can be told whether anybody will come."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    queues: Mapped[list[str]] = mapped_column(ARRAY(String))
+    slots: Mapped[int]
+    seen_at: Mapped[Created]
 
 
 class Outbox(Base):

@@ -159,6 +159,26 @@ class TestEvents:
         refused(client.get(address, params={"after": after}), 400, "invalid_cursor")
 
 
+class TestAttempts:
+    def test_an_attempt_tells_how_it_ended(self, client: TestClient, submit: Submit, sessions: SessionFactory) -> None:
+        job_id = submit().json()["id"]
+        address = f"/v1/fine_tuning/jobs/{job_id}/attempts"
+        assert client.get(address).json()["data"] == []
+        job = run_next(sessions)
+        with transaction(sessions) as session:
+            told = {"error_class": "infra", "code": "disk_full", "message": "The disk is full."}
+            fail(session, job_id=job.id, fence=job.fence or 0, max_infra_failures=3, **told)
+        (attempt,) = client.get(address).json()["data"]
+        assert (attempt["id"], attempt["worker"], attempt["ending"]) == ("attempt-1", "w", "failed")
+        assert attempt["error"] == {"class": "infra", "code": "disk_full", "message": "The disk is full."}
+        assert client.get(address, params={"after": "attempt-1"}).json()["data"] == []
+
+    @pytest.mark.parametrize("after", ["1", "attempt-", "attempt-7", "attempt-" + "9" * 30])
+    def test_foreign_cursor(self, client: TestClient, submit: Submit, after: str) -> None:
+        address = f"/v1/fine_tuning/jobs/{submit().json()['id']}/attempts"
+        refused(client.get(address, params={"after": after}), 400, "invalid_cursor")
+
+
 class TestCancel:
     def test_a_queued_job_ends_at_once(self, client: TestClient, submit: Submit) -> None:
         job_id = submit().json()["id"]

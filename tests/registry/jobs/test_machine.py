@@ -17,7 +17,7 @@ from registry.jobs.fail import MAX_BUG_RETRIES, fail
 from registry.jobs.lease import heartbeat, release
 from registry.jobs.reaper import tick
 from registry.jobs.states import OWNED, TERMINAL
-from registry.models import Adapter, Control, Job, Version
+from registry.models import Adapter, Control, Job, JobAttempt, Version
 from tests.conftest import empty_database
 from tests.registry.jobs.helpers import LEASE, claim_one, expire_lease, make_due, publish, queue_jobs
 
@@ -196,6 +196,11 @@ class JobMachine(RuleBasedStateMachine):
             stored = {job.id: job for job in session.scalars(select(Job))}
             assert {i: j.state for i, j in stored.items()} == {i: e.state for i, e in self.jobs.items()}
             assert all((job.finished_at is not None) == (job.state in TERMINAL) for job in stored.values())
+            attempts = session.scalars(select(JobAttempt)).all()
+            assert {(a.job_id, a.attempt) for a in attempts if a.ending is None} == {
+                (job.id, job.attempt) for job in stored.values() if job.state in OWNED
+            }
+            assert len(attempts) == sum(job.attempt for job in stored.values()) == len(self.owners)
             versions = {row.job_id: row.version for row in session.execute(select(Version.job_id, Version.version))}
             assert versions == {i: e.version for i, e in self.jobs.items() if e.version is not None}
             assert sorted(versions.values()) == list(range(1, self.published + 1))
