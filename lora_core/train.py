@@ -11,10 +11,11 @@ from torch import nn
 
 from lora_core.batching import epoch_steps, micro_batches
 from lora_core.data import Example
-from lora_core.errors import BadConfig, NoGradient, TrainingDiverged
+from lora_core.errors import BadConfig, CheckpointMismatch, NoGradient, TrainingDiverged
 from lora_core.inject import lora_layers, lora_parameters
 from lora_core.loss import collate, loss_sum
 from lora_core.schedule import Schedule, lr_factor
+from lora_core.state import TrainState, capture_tensors, restore_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +85,24 @@ def train(
     eval_examples: Sequence[Example] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    resume_from: TrainState | None = None,
+    on_checkpoint: Callable[[TrainState], None] | None = None,
+    should_checkpoint: Callable[[StepReport], bool] = lambda _: True,
 ) -> TrainResult:
     """Train the LoRA layers of `model` in place; equal inputs on equal hardware give equal bits.
 
+    After each step: `on_step`, then `on_checkpoint` if `should_checkpoint`, then `should_stop`. Whoever goes on with
+    `resume_from`, a state of the same run, gets the bits of the run that was never interrupted.
     TrainingDiverged if the loss or a gradient is not finite; NoGradient if a factor is out of the loss's reach.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # dropout
         model.train()
         try:
-            return _Run(model, examples, config).run(eval_examples, on_step, should_stop)
+            run = _Run(model, examples, config)
+            if resume_from is not None:
+                run.restore(resume_from)
+            return run.run(eval_examples, on_step, should_stop, on_checkpoint, should_checkpoint)
         finally:
             model.eval()
 
@@ -121,53 +130,76 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total_steps = min(config.n_epochs * self.steps_per_epoch, config.max_steps or 2**62)
+        self.done = self.trained_tokens = 0
+        self.train_loss: float | None = None
+        self.eval_loss: float | None = None
+
+    def restore(self, state: TrainState) -> None:
+        if not 1 <= state.step <= self.total_steps:
+            raise CheckpointMismatch(f"the checkpoint is of step {state.step}, the run has {self.total_steps}")
+        restore_tensors(state.tensors, self.model, self.optimizer)
+        self.done, self.trained_tokens = state.step, state.trained_tokens
+        self.train_loss, self.eval_loss = state.train_loss, state.eval_loss
+
+    def capture(self) -> TrainState:
+        tensors = capture_tensors(self.model, self.optimizer)
+        return TrainState(self.done, self.trained_tokens, self.train_loss, self.eval_loss, tensors)
 
     def run(
         self,
         eval_examples: Sequence[Example] | None,
         on_step: Callable[[StepReport], None] | None,
         should_stop: Callable[[], bool] | None,
+        on_checkpoint: Callable[[TrainState], None] | None,
+        should_checkpoint: Callable[[StepReport], bool],
     ) -> TrainResult:
-        trained_tokens = done = 0
-        train_loss = eval_loss = None
-        for step, rows in enumerate(self._steps(), start=1):
+        for rows in self._steps():
             if should_stop and should_stop():
                 break
-            started = time.perf_counter()
-            train_loss, lr, grad_norm = self._step(step, rows)
-            seconds = time.perf_counter() - started
-            tokens = sum(self.lengths[row] for row in rows)
-            trained_tokens += tokens
-            done = step
-            due = step % self.steps_per_epoch == 0 or step == self.total_steps
-            if due and eval_examples:
-                eval_loss = evaluate(self.model, eval_examples, tokens_per_batch=self.config.tokens_per_batch)
+            report = self._advance(rows, eval_examples)
             if on_step:
-                on_step(
-                    StepReport(
-                        step=step,
-                        total_steps=self.total_steps,
-                        epoch=step / self.steps_per_epoch,
-                        loss=train_loss,
-                        lr=lr,
-                        grad_norm=grad_norm,
-                        tokens=tokens,
-                        tokens_per_second=tokens / seconds,
-                        eval_loss=eval_loss if due else None,
-                    )
-                )
-        return TrainResult(done, self.total_steps, train_loss, eval_loss, trained_tokens, done < self.total_steps)
+                on_step(report)
+            if on_checkpoint and should_checkpoint(report):
+                on_checkpoint(self.capture())
+        return TrainResult(
+            steps=self.done,
+            total_steps=self.total_steps,
+            train_loss=self.train_loss,
+            eval_loss=self.eval_loss,
+            trained_tokens=self.trained_tokens,
+            stopped=self.done < self.total_steps,
+        )
 
     def _steps(self) -> Iterator[list[int]]:
-        done = 0
-        for epoch in range(self.config.n_epochs):
-            for rows in epoch_steps(
-                self.lengths, seed=self.config.seed, epoch=epoch, batch_size=self.config.batch_size
-            ):
-                if done == self.total_steps:
-                    return
-                done += 1
-                yield rows
+        """The rows of every step that is not done yet; found from their place in the epoch, nothing is replayed."""
+        while self.done < self.total_steps:
+            epoch, first = divmod(self.done, self.steps_per_epoch)
+            steps = epoch_steps(self.lengths, seed=self.config.seed, epoch=epoch, batch_size=self.config.batch_size)
+            yield from steps[first : first + self.total_steps - self.done]
+
+    def _advance(self, rows: list[int], eval_examples: Sequence[Example] | None) -> StepReport:
+        """One optimizer step, and an evaluation when an epoch or the run ends with it."""
+        step = self.done + 1
+        started = time.perf_counter()
+        self.train_loss, lr, grad_norm = self._step(step, rows)
+        seconds = time.perf_counter() - started
+        tokens = sum(self.lengths[row] for row in rows)
+        self.trained_tokens += tokens
+        self.done = step
+        due = step % self.steps_per_epoch == 0 or step == self.total_steps
+        if due and eval_examples:
+            self.eval_loss = evaluate(self.model, eval_examples, tokens_per_batch=self.config.tokens_per_batch)
+        return StepReport(
+            step=step,
+            total_steps=self.total_steps,
+            epoch=step / self.steps_per_epoch,
+            loss=self.train_loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            eval_loss=self.eval_loss if due else None,
+        )
 
     def _step(self, step: int, rows: list[int]) -> tuple[float, float, float]:
         """One optimizer step over `rows`; returns (loss, lr, grad_norm)."""
