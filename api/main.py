@@ -12,7 +12,7 @@ from api.context import make_depot
 from api.depot import adapters, base_models, merges, objects, versions
 from api.errors import HANDLERS
 from api.guard import Guard
-from api.openai import files, job_progress, jobs, models
+from api.openai import files, job_control, job_progress, jobs, models
 from api.openai.upload import upload_folder
 from api.routing import require_permissions
 from registry.settings import Settings
@@ -20,6 +20,7 @@ from registry.settings import Settings
 ROUTERS = (
     files.router,
     jobs.router,
+    job_control.router,
     job_progress.router,
     models.router,
     base_models.router,

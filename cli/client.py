@@ -86,6 +86,12 @@ class Client:
     def cancel(self, job_id: str) -> Job:
         return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/cancel"))
 
+    def pause(self, job_id: str) -> Job:
+        return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/pause"))
+
+    def resume(self, job_id: str) -> Job:
+        return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/resume"))
+
     def events(self, job_id: str) -> Iterator[Event]:
         """Newest first; pages are fetched as they are read."""
         return cast(Iterator[Event], self._pages(f"/v1/fine_tuning/jobs/{_part(job_id)}/events", {"limit": 200}))

@@ -122,6 +122,22 @@ def cancel(job_id: JobId) -> None:
     say(f"{job['id']} is {job['state']}.")
 
 
+@app.command("pause")
+def pause(job_id: JobId) -> None:
+    """Pause a job; a running one saves its work first."""
+    with connected() as client:
+        job = client.pause(job_id)
+    say(f"{job['id']} is {job['state']}. Go on: lora-depot jobs resume {job['id']}")
+
+
+@app.command("resume")
+def resume(job_id: JobId) -> None:
+    """Let a paused job go on."""
+    with connected() as client:
+        job = client.resume(job_id)
+    say(f"{job['id']} is {job['state']}.")
+
+
 def _watch(client: Client, job_id: str) -> None:
     try:
         job = watch_job(client, job_id, out())

@@ -254,6 +254,12 @@ class JobTerminal(Conflict):
     code = "job_terminal"
 
 
+class JobCancelling(Conflict):
+    """The job is being cancelled; it can neither be paused nor resumed."""
+
+    code = "job_cancelling"
+
+
 class NameTaken(Conflict):
     """This name is already in use. Choose another."""
 

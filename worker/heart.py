@@ -1,4 +1,4 @@
-"""The heartbeat of one attempt: extends the lease, delivers the news, brings back cancel and the loss of the fence."""
+"""The heartbeat of one attempt: extends the lease, delivers the news, brings back cancel, pause and a lost fence."""
 
 import logging
 import random
@@ -70,6 +70,8 @@ class Heart:
         self.trust_from(sent)
         if found.cancel:
             self._attempt.stop(Stop.CANCEL)
+        elif found.pause:
+            self._attempt.stop(Stop.DRAIN)  # the job is left as if this worker shut down
 
     def conclude(self, write: Callable[[], None]) -> None:
         """Run the write that gives the job away. No beat runs meanwhile, and none after it succeeded."""

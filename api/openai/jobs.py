@@ -34,6 +34,7 @@ router = Router("Fine-tuning")
 SCOPE = "POST /v1/fine_tuning/jobs"
 _EVENT_ID = re.compile(r"ftevent-([0-9]{1,18})")
 _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+PAUSED = {JobState.QUEUED: "paused", JobState.RUNNING: "pausing"}
 _INVALID_BODY = (MissingField, UnknownField, InvalidValue)
 
 
@@ -193,7 +194,7 @@ def job_object(job: Job, names: JobNames) -> JobObject:
         organization_id=public_id("org", job.tenant_id),
         # OpenAI's clients wait for three words; a job that is being cancelled has reached none of them.
         status="running" if job.state == JobState.CANCELLING else job.state,
-        state=job.state,
+        state=_state_of(job),
         training_file=public_id("file", job.training_file_id) if job.training_file_id else "",
         validation_file=public_id("file", job.validation_file_id) if job.validation_file_id else None,
         hyperparameters=numbers,
@@ -219,6 +220,13 @@ def event_object(event: JobEvent) -> EventObject:
         type=event.type,
         data=event.data,
     )
+
+
+def _state_of(job: Job) -> str:
+    """The stored state, or what a pause makes of it."""
+    if job.paused_at is not None and job.state in PAUSED:
+        return PAUSED[JobState(job.state)]
+    return job.state
 
 
 def _error(job: Job) -> JobError | None:

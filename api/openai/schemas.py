@@ -112,7 +112,7 @@ class JobError(BaseModel):
 
 
 class JobObject(BaseModel):
-    """OpenAI's job, plus `state` (also `cancelling`), `lora`, `adapter`, `version`, `progress` and `attempt`."""
+    """OpenAI's job, plus `state`, `lora`, `adapter`, `version`, `progress` and `attempt`."""
 
     model_config = shown(JOB)
 
@@ -125,7 +125,7 @@ class JobObject(BaseModel):
     fine_tuned_model: str | None
     organization_id: str
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    state: Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+    state: Literal["queued", "paused", "running", "pausing", "cancelling", "succeeded", "failed", "cancelled"]
     training_file: str
     validation_file: str | None
     result_files: list[str] = []

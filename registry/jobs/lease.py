@@ -23,6 +23,7 @@ class Beat:
     """The answer to a heartbeat that still owns its job."""
 
     cancel: bool
+    pause: bool
 
 
 def claim(session: Session, *, queues: Sequence[str], worker: str, lease_seconds: float) -> Job | None:
@@ -63,13 +64,13 @@ def heartbeat(
     if progress is not None:
         values["progress"] = progress
     owned = (Job.id == job_id, Job.fence == fence, IS_OWNED)
-    state = session.scalar(
-        update(Job).where(*owned).values(values).returning(Job.state), execution_options={"synchronize_session": False}
-    )
-    if state is None:
+    beaten = update(Job).where(*owned).values(values).returning(Job.state, Job.paused_at)
+    found = session.execute(beaten, execution_options={"synchronize_session": False}).one_or_none()
+    if found is None:
         raise FenceLost
     add_events(session, job_id, fence, events)
-    return Beat(cancel=state == JobState.CANCELLING)
+    cancel = found.state == JobState.CANCELLING
+    return Beat(cancel=cancel, pause=found.paused_at is not None and not cancel)
 
 
 def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
@@ -83,7 +84,7 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
 
 
 def _claimable(queues: Sequence[str]) -> ColumnElement[bool]:
-    return IS_QUEUED & Job.queue.in_(queues) & (Job.run_after <= NOW)
+    return IS_QUEUED & Job.paused_at.is_(None) & Job.queue.in_(queues) & (Job.run_after <= NOW)
 
 
 def _next_tenant(session: Session, queues: Sequence[str], passed_over: Sequence[uuid.UUID]) -> uuid.UUID | None:

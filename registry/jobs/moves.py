@@ -1,6 +1,7 @@
 """Steps that every way out of a job shares. Callers hold the job's row lock."""
 
 import uuid
+from datetime import timedelta
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -34,12 +35,14 @@ def note_error(job: Job, *, error_class: str, code: str, message: str) -> None:
 
 
 def requeue(session: Session, job: Job, *, delay_seconds: float) -> JobState:
-    """Back to the queue, claimable after the delay, with a wake-up due then."""
+    """Back to the queue, claimable after the delay, with a wake-up due then; unless it was paused meanwhile."""
     due = read_clock(session, ahead_seconds=delay_seconds)  # first: a query flushes half-made changes
     job.state = JobState.QUEUED
     job.lease_expires_at = None
     job.run_after = due
-    session.add(Outbox(queue=job.queue, job_id=job.id, next_at=due))
+    if job.paused_at is None:
+        job.deadline_at = due + timedelta(seconds=job.deadline_seconds)
+        session.add(Outbox(queue=job.queue, job_id=job.id, next_at=due))
     session.flush()
     return JobState.QUEUED
 

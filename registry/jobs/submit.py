@@ -12,12 +12,15 @@ from lora_core.config import match_targets
 from registry.adapters import ensure_adapter
 from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile
 from registry.files import pin_file
+from registry.jobs.clock import read_clock
 from registry.jobs.conditions import IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.idempotency import Idempotency, reserve
 from registry.jobs.spec import LoraSpec, MergeDtype, MergeSpec, TrainSpec
 from registry.jobs.states import JobKind, JobState
 from registry.models import BaseModel, File, Job, Outbox, Tenant, Version
+
+LONGEST_WAIT_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ def _pin(session: Session, tenant_id: uuid.UUID, file: File, param: str) -> None
 
 
 def _enqueue(session: Session, job: Job) -> Job:
+    job.deadline_seconds = LONGEST_WAIT_SECONDS
+    job.deadline_at = read_clock(session, ahead_seconds=job.deadline_seconds)
     session.add(job)
     session.flush()
     queued = NewEvent("state", "info", "The job is queued.", {"from": None, "to": JobState.QUEUED, "attempt": 0})

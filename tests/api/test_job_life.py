@@ -179,6 +179,32 @@ class TestAttempts:
         refused(client.get(address, params={"after": after}), 400, "invalid_cursor")
 
 
+class TestPause:
+    def test_a_paused_job_is_queued_for_openai_and_paused_for_us(
+        self, client: TestClient, submit: Submit, sessions: SessionFactory
+    ) -> None:
+        address = f"/v1/fine_tuning/jobs/{submit().json()['id']}"
+        body = client.post(f"{address}/pause").json()
+        assert (body["status"], body["state"]) == ("queued", "paused")
+        body = client.post(f"{address}/resume").json()
+        assert (body["status"], body["state"]) == ("queued", "queued")
+        run_next(sessions)
+        body = client.post(f"{address}/pause").json()
+        assert (body["status"], body["state"]) == ("running", "pausing")
+
+    @pytest.mark.parametrize("verb", ["pause", "resume"])
+    def test_what_ends_or_has_ended_is_refused(
+        self, client: TestClient, submit: Submit, sessions: SessionFactory, verb: str
+    ) -> None:
+        address = f"/v1/fine_tuning/jobs/{submit().json()['id']}"
+        run_next(sessions)
+        client.post(f"{address}/cancel")
+        refused(client.post(f"{address}/{verb}"), 409, "job_cancelling")
+        ended = f"/v1/fine_tuning/jobs/{submit(suffix='x').json()['id']}"
+        client.post(f"{ended}/cancel")
+        refused(client.post(f"{ended}/{verb}"), 409, "job_terminal")
+
+
 class TestCancel:
     def test_a_queued_job_ends_at_once(self, client: TestClient, submit: Submit) -> None:
         job_id = submit().json()["id"]

@@ -63,6 +63,8 @@ POST /v1/base-models base-models:write
 POST /v1/files files:write
 POST /v1/fine_tuning/jobs jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/cancel jobs:write
+POST /v1/fine_tuning/jobs/{job_id}/pause jobs:write
+POST /v1/fine_tuning/jobs/{job_id}/resume jobs:write
 PUT /v1/adapters/{name}/aliases/{alias} adapters:write
 """
 

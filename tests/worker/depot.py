@@ -19,6 +19,7 @@ from registry.blobs import store_file
 from registry.db import SessionFactory, transaction
 from registry.files import create_file
 from registry.jobs.cancel import request_cancel
+from registry.jobs.pause import request_pause, resume
 from registry.jobs.spec import TrainSpec
 from registry.jobs.submit import submit_training
 from registry.models import BaseModel, File, Job, JobEvent, Merge, Tenant, Version
@@ -70,6 +71,14 @@ class Depot:
     def cancel(self, job_id: uuid.UUID) -> None:
         with transaction(self.sessions) as session:
             request_cancel(session, tenant_id=self.tenant.id, job_id=job_id)
+
+    def pause(self, job_id: uuid.UUID) -> None:
+        with transaction(self.sessions) as session:
+            request_pause(session, tenant_id=self.tenant.id, job_id=job_id)
+
+    def resume(self, job_id: uuid.UUID) -> None:
+        with transaction(self.sessions) as session:
+            resume(session, tenant_id=self.tenant.id, job_id=job_id)
 
     def versions(self) -> list[Version]:
         with self.sessions() as session:

@@ -47,6 +47,18 @@ def test_cancel_ends_a_running_job_and_publishes_nothing(depot: Depot, runner: R
     assert depot.versions() == []
 
 
+def test_a_paused_job_waits_in_the_queue_until_it_is_resumed(depot: Depot, runner: Runner) -> None:
+    job_id = depot.submit(seed=fake_child.LONG)
+    wait_until(lambda: metrics_of(depot.events(job_id)))
+    depot.pause(job_id)
+    job = ended(depot, job_id)
+    assert (job.state, job.attempt, job.infra_failures) == ("queued", 1, 0)
+    assert ended(depot, depot.submit(adapter="other")).state == "succeeded"  # the slot is free
+    assert depot.job(job_id).state == "queued"
+    depot.resume(job_id)
+    wait_until(lambda: depot.job(job_id).attempt == 2)
+
+
 def test_a_child_that_ignores_sigterm_is_killed(depot: Depot, runner: Runner) -> None:
     job_id = depot.submit(seed=fake_child.DEAF)
     wait_until(lambda: metrics_of(depot.events(job_id)))
