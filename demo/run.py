@@ -57,8 +57,9 @@ def main() -> int:
             console.print(f"[bold]LoRA Depot[/bold] at {client.url}, everything in {escape(str(home.root))}")
             run(client, home.root / "demo")
             console.print(f"\n[green]All of it holds.[/green] {time.monotonic() - started:.0f} seconds.\n")
-            farewell(client.url, home, stays=keep or not ours)
-            if ours and (keep or sys.stdin.isatty()):
+            waits = ours and (keep or sys.stdin.isatty())
+            farewell(client.url, home, stays=waits or not ours)
+            if waits:
                 wait(keep=keep)
     except KeyboardInterrupt:
         say("\nStopped.")
