@@ -14,6 +14,7 @@ from registry import lineage
 from registry.blobs import take_refs
 from registry.errors import CancelRequested, FenceLost
 from registry.jobs.attempts import end_attempt
+from registry.jobs.checkpoints import prune_checkpoints
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.moves import finish, lock_job
 from registry.jobs.states import JobState
@@ -61,6 +62,7 @@ def publish_version(
     session.add_all(VersionFile(version_id=version.id, path=path, blob_id=blob) for path, blob in files.items())
     _record_parents(session, job, version)
     job.trained_tokens = trained_tokens
+    prune_checkpoints(session, job.id, keep=0)
     told = f"Published {version.adapter.name}@{version.version}."
     add_events(session, job.id, fence, [NewEvent("message", "info", told, {"version": version.version})])
     end_attempt(session, job, "succeeded")

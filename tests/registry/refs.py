@@ -3,7 +3,7 @@
 from sqlalchemy import func, select, union_all
 from sqlalchemy.orm import Session
 
-from registry.models import BaseModelFile, Blob, File, MergeFile, VersionFile
+from registry.models import BaseModelFile, Blob, CheckpointFile, File, MergeFile, VersionFile
 
 
 def assert_refs_match_rows(session: Session) -> None:
@@ -13,6 +13,7 @@ def assert_refs_match_rows(session: Session) -> None:
         select(File.blob_id).where(File.deleted_at.is_(None)),
         select(VersionFile.blob_id),
         select(MergeFile.blob_id),
+        select(CheckpointFile.blob_id),
         select(BaseModelFile.blob_id),
     ).subquery()
     counted = dict(session.execute(select(rows.c.blob_id, func.count()).group_by(rows.c.blob_id)).all())
