@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import uuid
@@ -50,6 +51,8 @@ def main() -> int:
     arguments.add_argument("--keep", action="store_true", help="leave the depot running until Ctrl-C")
     keep = arguments.parse_args().keep
     quieten()
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the depot that the demo started ends with it
+        signal.signal(ending, signal.default_int_handler)
     home = demo_home()
     started = time.monotonic()
     try:
