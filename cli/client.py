@@ -11,7 +11,7 @@ import httpx
 
 from cli.connection import Connection, uses_proxies
 from cli.errors import CommandError, NotConnected, Refused
-from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, Version
+from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, QueueInfo, Version
 from cli.upload import ProgressFile
 
 RETRIED = frozenset({429, 502, 503, 504})
@@ -85,6 +85,9 @@ class Client:
 
     def cancel(self, job_id: str) -> Job:
         return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/cancel"))
+
+    def queue(self, job_id: str) -> QueueInfo:
+        return cast(QueueInfo, self._call("GET", f"/v1/fine_tuning/jobs/{_part(job_id)}/queue"))
 
     def pause(self, job_id: str) -> Job:
         return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/pause"))

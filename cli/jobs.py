@@ -41,6 +41,8 @@ def submit(
     max_length: Annotated[int | None, typer.Option(help="Tokens per row. Default: 2048.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default: random.")] = None,
+    priority: Annotated[int | None, typer.Option(min=0, max=200, help="The lower, the earlier. Default: 100.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Which workers may take it. Default: default.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
 ) -> None:
     """Train an adapter: upload the data, queue the job."""
@@ -60,6 +62,7 @@ def submit(
     }
     numbers = _given({"n_epochs": epochs, "batch_size": batch_size})
     body: dict[str, Any] = {"model": model, "seed": seed, "lora": _given(lora)}
+    body["depot"] = _given({"priority": priority, "queue": queue})
     body["method"] = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
     body["suffix"] = None if adapter else Path(data).stem[:64]
     with connected() as client:
@@ -120,6 +123,20 @@ def cancel(job_id: JobId) -> None:
     with connected() as client:
         job = client.cancel(job_id)
     say(f"{job['id']} is {job['state']}.")
+
+
+@app.command("queue")
+def queue_command(job_id: JobId) -> None:
+    """Tell why a job waits and when it may start."""
+    with connected() as client:
+        found = client.queue(job_id)
+    estimate = found["estimate_seconds"]
+    facts(
+        [
+            *((name, found.get(name)) for name in ("state", "queue", "priority", "position", "message")),
+            ("starts in", f"about {estimate} s" if estimate is not None else None),
+        ]
+    )
 
 
 @app.command("pause")

@@ -51,6 +51,19 @@ class Job(TypedDict):
     finished_at: int | None
 
 
+class QueueInfo(TypedDict):
+    """Where a job stands in its queue."""
+
+    id: str
+    state: str
+    queue: str
+    priority: int
+    position: int | None
+    reason: str | None
+    message: str | None
+    estimate_seconds: int | None
+
+
 class Event(TypedDict):
     id: str
     created_at: int

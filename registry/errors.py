@@ -161,6 +161,12 @@ class UnknownTargetModules(Invalid):
     code = "unknown_target_modules"
 
 
+class UnknownQueue(Invalid):
+    """No worker serves this queue."""
+
+    code = "unknown_queue"
+
+
 class InvalidHyperparameter(Invalid):
     """A hyper-parameter is out of range."""
 

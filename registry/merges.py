@@ -7,13 +7,16 @@ from sqlalchemy.orm import Session, selectinload
 
 from registry.adapters import lock_version
 from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady
+from registry.jobs.placement import DEFAULT_PLACEMENT, Placement
 from registry.jobs.spec import MergeDtype
 from registry.jobs.states import TERMINAL
 from registry.jobs.submit import submit_merge
 from registry.models import Merge, MergeFile, Version
 
 
-def request_merge(session: Session, *, version: Version, dtype: MergeDtype) -> tuple[Merge, bool]:
+def request_merge(
+    session: Session, *, version: Version, dtype: MergeDtype, placement: Placement = DEFAULT_PLACEMENT
+) -> tuple[Merge, bool]:
     """The merge of a version in this dtype, and whether this call made it.
 
     A merge that failed or was cancelled does not count: asking again starts another."""
@@ -22,7 +25,7 @@ def request_merge(session: Session, *, version: Version, dtype: MergeDtype) -> t
     merge = session.scalar(query.options(selectinload(Merge.files)))
     if merge is not None:
         return merge, False
-    job = submit_merge(session, version=version, dtype=dtype)
+    job = submit_merge(session, version=version, dtype=dtype, placement=placement)
     merge = Merge(tenant_id=version.tenant_id, version_id=version.id, dtype=dtype, job_id=job.id, files=[])
     session.add(merge)
     session.flush()

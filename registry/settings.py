@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     max_infra_failures: int = Field(
         default=10, ge=0, description="Lost workers and outages a job survives before it fails"
     )
+    deadline_seconds: int = Field(
+        default=7 * 24 * 3600,
+        ge=60,
+        le=30 * 24 * 3600,
+        description="How long a job may wait in the queue before it fails, unless it says otherwise",
+    )
     link_seconds: int = Field(default=900, ge=10, description="Lifetime of a signed download link")
     max_file_bytes: int = Field(default=512 * 2**20, gt=0, description="Largest training file")
     max_base_file_bytes: int = Field(default=64 * 2**30, gt=0, description="Largest single file of a base model")

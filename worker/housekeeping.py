@@ -2,11 +2,12 @@
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from registry.db import SessionFactory, transaction
 from registry.errors import Unavailable
 from registry.jobs import outbox, reaper
+from registry.jobs.placement import note_worker
 from worker.outages import Outage
 
 
@@ -57,6 +58,16 @@ def make_relay(sessions: SessionFactory, send: Callable[[str, uuid.UUID], None],
             raise Unavailable(f"Redis takes no wake-ups; jobs start by polling. {errors[-1]}") from errors[-1]
 
     return Chore("relay", run, seconds=seconds, longest_seconds=60.0)
+
+
+def make_presence(sessions: SessionFactory, *, name: str, queues: Sequence[str], slots: int, seconds: float) -> Chore:
+    """Lets waiting jobs know that somebody serves their queue."""
+
+    def note() -> None:
+        with transaction(sessions) as session:
+            note_worker(session, name=name, queues=queues, slots=slots)
+
+    return Chore("presence", note, seconds=seconds, longest_seconds=seconds)
 
 
 def make_reaper(sessions: SessionFactory, *, seconds: float, lease_seconds: float, max_infra_failures: int) -> Chore:

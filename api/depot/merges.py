@@ -13,6 +13,7 @@ from api.routing import Permission, Router
 from registry import errors
 from registry.adapters import resolve_version
 from registry.ids import parse_id
+from registry.jobs.placement import Placement
 from registry.merges import get_merge, get_merge_file, request_merge
 
 router = Router("Merges")
@@ -47,12 +48,14 @@ def merge_version(
     version: str,
     response: Response,
     session: SessionDep,
+    depot: DepotDep,
     principal: PrincipalDep,
     body: MergeIn | None = None,
 ) -> MergeObject:
     """Queues a job that folds the adapter into its base: a full model in the usual files. The body may be empty."""
     found = resolve_version(session, tenant_id=principal.tenant_id, name=name, ref=version)
-    merge, created = request_merge(session, version=found, dtype=(body or MergeIn()).dtype)
+    placement = Placement(deadline_seconds=depot.settings.deadline_seconds)
+    merge, created = request_merge(session, version=found, dtype=(body or MergeIn()).dtype, placement=placement)
     response.status_code = 202 if created else 200
     return merge_object(merge)
 

@@ -1,18 +1,20 @@
-"""How a job is getting on: its attempts."""
+"""How a job is getting on: its attempts, and its place in the queue."""
 
 import re
 from typing import Annotated
 
 from fastapi import Query
 
-from api.context import PrincipalDep, SessionDep
-from api.openai.job_schemas import AttemptError, AttemptObject
-from api.openai.jobs import parse_job_id
+from api.context import DepotDep, PrincipalDep, SessionDep
+from api.openai.job_schemas import AttemptError, AttemptObject, QueueObject
+from api.openai.jobs import parse_job_id, state_of
 from api.routing import Permission, Router
 from api.schemas import Listing, listing, unix, unix_or_none
 from registry import errors
+from registry.ids import public_id
 from registry.jobs.attempts import list_attempts
 from registry.jobs.queries import get_job
+from registry.jobs.waiting import explain_waiting
 from registry.models import JobAttempt
 
 router = Router("Fine-tuning")
@@ -44,6 +46,32 @@ def attempts(
     page = list_attempts(session, job_id=found.id, after=number, limit=limit)
     items = [attempt_object(attempt) for attempt in page.items]
     return listing(AttemptObject, items, has_more=page.has_more, cursor=lambda attempt: attempt.id)
+
+
+@router.declare(
+    "GET",
+    "/fine_tuning/jobs/{job_id}/queue",
+    permission=Permission.JOBS_READ,
+    summary="Why does a job wait?",
+    returns=QueueObject,
+    raises=(errors.JobNotFound,),
+)
+def queue(job_id: str, session: SessionDep, depot: DepotDep, principal: PrincipalDep) -> QueueObject:
+    """The job's place in its queue, the reason why it does not run yet, and a guess when it will."""
+    found = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
+    waiting = explain_waiting(session, found, lately_seconds=depot.settings.lease_seconds)
+    estimate = None if waiting is None else waiting.estimate_seconds
+    return QueueObject(
+        id=public_id("ftjob", found.id),
+        state=state_of(found),
+        queue=found.queue,
+        priority=found.priority,
+        position=None if waiting is None else waiting.position,
+        reason=None if waiting is None else waiting.reason,
+        message=None if waiting is None else waiting.message,
+        until=None if waiting is None else unix_or_none(waiting.until),
+        estimate_seconds=None if estimate is None else round(estimate),
+    )
 
 
 def attempt_object(attempt: JobAttempt) -> AttemptObject:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from api.schemas import Body
 from api.validation import wanted
 from registry.errors import AdapterNameMissing, InvalidHyperparameter
+from registry.jobs.placement import Placement
 from registry.jobs.spec import TrainSpec
 
 Auto = Literal["auto"]
@@ -20,6 +21,7 @@ CREATE = {
     "suffix": "support-bot",
     "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
     "lora": {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+    "depot": {"priority": 50},
     "metadata": {"team": "support"},
 }
 
@@ -61,8 +63,20 @@ class LoraIn(Body):
     max_steps: int | None = Field(default=None, description="Stop after so many optimizer steps. Default: no limit")
 
 
+class DepotIn(Body):
+    """How the job is scheduled. What is absent or null takes the default."""
+
+    priority: int | None = Field(default=None, ge=0, le=200, description="The lower, the earlier. Default 100")
+    queue: str | None = Field(
+        default=None, pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="Which workers may take it. Default `default`"
+    )
+    deadline_seconds: int | None = Field(
+        default=None, ge=60, le=30 * 24 * 3600, description="The longest it may wait in the queue. Default 7 days"
+    )
+
+
 class JobCreate(Body):
-    """OpenAI's request; `lora` is this service's own. Unknown fields are refused, at every depth."""
+    """OpenAI's request; `lora` and `depot` are this service's own. Unknown fields are refused, at every depth."""
 
     model: str = Field(description="Name of a base model")
     training_file: str = Field(description="Id of a file with purpose `fine-tune`")
@@ -78,6 +92,11 @@ class JobCreate(Body):
         default=None, description="Not supported: null or an empty list"
     )
     lora: LoraIn = LoraIn()
+    depot: DepotIn = DepotIn()
+
+    def placement(self, *, deadline_seconds: int) -> Placement:
+        """Where the job waits; `deadline_seconds` is the service's own default."""
+        return Placement(**{"deadline_seconds": deadline_seconds, **self.depot.model_dump(exclude_none=True)})
 
     def adapter_name(self) -> str:
         """`lora.adapter`, else the suffix in the grammar of adapter names; AdapterNameMissing."""

@@ -25,6 +25,37 @@ ATTEMPT = {
 }
 
 
+QUEUE = {
+    "id": "ftjob-0f5c3a1e8d7b4c62a9f01b2c3d4e5f60",
+    "object": "fine_tuning.job.queue",
+    "state": "queued",
+    "queue": "default",
+    "priority": 100,
+    "position": 3,
+    "reason": "waiting_for_worker",
+    "message": "2 of 2 worker slots are busy; 2 jobs come first.",
+    "until": None,
+    "estimate_seconds": 340,
+}
+
+
+class QueueObject(BaseModel):
+    """Where a job stands in its queue. `position` and `reason` are null unless it waits."""
+
+    model_config = shown(QUEUE)
+
+    id: str
+    object: Literal["fine_tuning.job.queue"] = "fine_tuning.job.queue"
+    state: str
+    queue: str
+    priority: int
+    position: int | None
+    reason: Literal["paused", "backoff", "no_worker", "tenant_limit", "waiting_for_worker"] | None
+    message: str | None
+    until: int | None
+    estimate_seconds: int | None
+
+
 class AttemptError(BaseModel):
     """Why an attempt ended; `class` decides whether another one starts."""
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from fastapi import Header, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from api.context import PrincipalDep, SessionDep
+from api.context import DepotDep, PrincipalDep, SessionDep
 from api.openai.job_request import CREATE, JobCreate, multiplier_asked
-from api.openai.schemas import EventObject, Hyperparameters, JobError, JobObject, Method, Supervised
+from api.openai.schemas import EventObject, Hyperparameters, JobError, JobObject, Method, Scheduling, Supervised
 from api.refusals import InvalidValue, MissingField, UnknownField
 from api.routing import Permission, Router
 from api.schemas import Listing, listing, unix, unix_or_none
@@ -55,6 +55,7 @@ _INVALID_BODY = (MissingField, UnknownField, InvalidValue)
         errors.BaseModelMismatch,
         errors.InvalidIdempotencyKey,
         errors.IdempotencyKeyReused,
+        errors.UnknownQueue,
         errors.QuotaExceeded,
     ),
     extra={"requestBody": {"content": {"application/json": {"example": CREATE}}}},
@@ -65,6 +66,7 @@ def create_job(
     request: Request,
     response: Response,
     session: SessionDep,
+    depot: DepotDep,
     principal: PrincipalDep,
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[str | None, Header(include_in_schema=False)] = None,
@@ -86,6 +88,7 @@ def create_job(
         spec=spec,
         request=request.state.json,
         idempotency=_idempotency(request, idempotency_key, x_stainless_retry_count),
+        placement=body.placement(deadline_seconds=depot.settings.deadline_seconds),
     )
     if submitted.replayed:
         response.headers["Idempotency-Replayed"] = "true"
@@ -194,7 +197,7 @@ def job_object(job: Job, names: JobNames) -> JobObject:
         organization_id=public_id("org", job.tenant_id),
         # OpenAI's clients wait for three words; a job that is being cancelled has reached none of them.
         status="running" if job.state == JobState.CANCELLING else job.state,
-        state=_state_of(job),
+        state=state_of(job),
         training_file=public_id("file", job.training_file_id) if job.training_file_id else "",
         validation_file=public_id("file", job.validation_file_id) if job.validation_file_id else None,
         hyperparameters=numbers,
@@ -208,6 +211,12 @@ def job_object(job: Job, names: JobNames) -> JobObject:
         lora={**spec.lora.model_dump(), **spec.model_dump(exclude=shared)},
         progress=job.progress,
         attempt=job.attempt,
+        depot=Scheduling(
+            queue=job.queue,
+            priority=job.priority,
+            deadline_seconds=job.deadline_seconds,
+            deadline_at=unix_or_none(job.deadline_at) if job.state == JobState.QUEUED else None,
+        ),
     )
 
 
@@ -222,7 +231,7 @@ def event_object(event: JobEvent) -> EventObject:
     )
 
 
-def _state_of(job: Job) -> str:
+def state_of(job: Job) -> str:
     """The stored state, or what a pause makes of it."""
     if job.paused_at is not None and job.state in PAUSED:
         return PAUSED[JobState(job.state)]

@@ -49,6 +49,7 @@ JOB = {
     "lora": {"r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False},
     "progress": {"step": 45, "steps": 45},
     "attempt": 1,
+    "depot": {"queue": "default", "priority": 100, "deadline_seconds": 604800, "deadline_at": None},
 }
 EVENT = {
     "id": "ftevent-42",
@@ -111,8 +112,17 @@ class JobError(BaseModel):
     param: str | None = None
 
 
+class Scheduling(BaseModel):
+    """How the job waits; `deadline_at` is null unless it does."""
+
+    queue: str
+    priority: int
+    deadline_seconds: int
+    deadline_at: int | None
+
+
 class JobObject(BaseModel):
-    """OpenAI's job, plus `state`, `lora`, `adapter`, `version`, `progress` and `attempt`."""
+    """OpenAI's job, plus `state`, `lora`, `adapter`, `version`, `progress`, `attempt` and `depot`."""
 
     model_config = shown(JOB)
 
@@ -142,6 +152,7 @@ class JobObject(BaseModel):
     lora: dict[str, Any]
     progress: dict[str, Any] | None
     attempt: int
+    depot: Scheduling
 
 
 class EventObject(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ARRAY, ColumnElement, String, cast, func, select, true, tuple_, update
 from sqlalchemy.orm import Session
 
 from registry.errors import FenceLost
@@ -26,6 +26,17 @@ class Beat:
     pause: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The jobs of one tenant in one queue."""
+
+    tenant_id: uuid.UUID
+    queue: str
+
+
+IS_CLAIMABLE: ColumnElement[bool] = IS_QUEUED & Job.paused_at.is_(None) & (Job.run_after <= NOW)
+
+
 def claim(session: Session, *, queues: Sequence[str], worker: str, lease_seconds: float) -> Job | None:
     """Takes the next claimable job of these queues: attempt + 1, a new fence, a lease. None when there is none.
 
@@ -33,16 +44,16 @@ def claim(session: Session, *, queues: Sequence[str], worker: str, lease_seconds
     holds another."""
     # Tenants whose lock is free come first; a busy one is waited for only when nobody else has work.
     for wait in (False, True):
-        passed_over: list[uuid.UUID] = []
-        while tenant_id := _next_tenant(session, queues, passed_over):
+        passed_over: list[Line] = []
+        while line := _next_line(session, queues, passed_over):
             attempt = session.begin_nested()
-            if _has_room(session, tenant_id, wait=wait):
-                job = _take(session, tenant_id, queues=queues, worker=worker, lease_seconds=lease_seconds)
+            if _has_room(session, line.tenant_id, wait=wait):
+                job = _take(session, line, worker=worker, lease_seconds=lease_seconds)
                 if job is not None:
                     attempt.commit()
                     return job
             attempt.rollback()  # gives the tenant's lock back
-            passed_over.append(tenant_id)
+            passed_over.append(line)
         if not passed_over:
             break
     return None
@@ -83,13 +94,22 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
     return requeue(session, job, delay_seconds=0)
 
 
-def _claimable(queues: Sequence[str]) -> ColumnElement[bool]:
-    return IS_QUEUED & Job.paused_at.is_(None) & Job.queue.in_(queues) & (Job.run_after <= NOW)
+def _next_line(session: Session, queues: Sequence[str], passed_over: Sequence[Line]) -> Line | None:
+    """The line whose first job is the most urgent; among equals, that of the tenant that runs the fewest.
 
-
-def _next_tenant(session: Session, queues: Sequence[str], passed_over: Sequence[uuid.UUID]) -> uuid.UUID | None:
-    query = select(Job.tenant_id).where(_claimable(queues), Job.tenant_id.not_in(passed_over))
-    return session.scalar(query.order_by(Job.priority, Job.run_after, Job.id).limit(1))
+    One look into the index per tenant and queue, however many jobs wait."""
+    served = func.unnest(cast(queues, ARRAY(String))).table_valued("queue").render_derived(name="served")
+    queue = served.c.queue
+    head = select(Job.priority, Job.run_after).where(IS_CLAIMABLE, Job.tenant_id == Tenant.id, Job.queue == queue)
+    first = head.order_by(Job.priority, Job.run_after, Job.id).limit(1).lateral("first")
+    owned = select(Job.tenant_id, func.count().label("jobs")).where(IS_OWNED).group_by(Job.tenant_id).subquery("owned")
+    lines = select(Tenant.id, queue).select_from(Tenant).join(served, true()).join(first, true())
+    lines = lines.outerjoin(owned, owned.c.tenant_id == Tenant.id)
+    if passed_over:
+        lines = lines.where(tuple_(Tenant.id, queue).not_in([(line.tenant_id, line.queue) for line in passed_over]))
+    running = func.coalesce(owned.c.jobs, 0)
+    row = session.execute(lines.order_by(first.c.priority, running, first.c.run_after).limit(1)).one_or_none()
+    return None if row is None else Line(*row)
 
 
 def _has_room(session: Session, tenant_id: uuid.UUID, *, wait: bool) -> bool:
@@ -102,13 +122,11 @@ def _has_room(session: Session, tenant_id: uuid.UUID, *, wait: bool) -> bool:
     return session.scalars(running).one() < max_running
 
 
-def _take(
-    session: Session, tenant_id: uuid.UUID, *, queues: Sequence[str], worker: str, lease_seconds: float
-) -> Job | None:
+def _take(session: Session, line: Line, *, worker: str, lease_seconds: float) -> Job | None:
     # SKIP LOCKED: a job that is being cancelled right now is somebody else's business.
     first = (
         select(Job.id)
-        .where(_claimable(queues), Job.tenant_id == tenant_id)
+        .where(IS_CLAIMABLE, Job.tenant_id == line.tenant_id, Job.queue == line.queue)
         .order_by(Job.priority, Job.run_after, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)

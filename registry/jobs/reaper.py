@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from registry.jobs.attempts import end_attempt
 from registry.jobs.clock import NOW, read_clock
-from registry.jobs.conditions import IS_OWNED
+from registry.jobs.conditions import IS_OWNED, IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.fail import lose_attempt
 from registry.jobs.moves import finish, note_error
@@ -21,7 +21,7 @@ WORKER_LOST = "The worker that ran this job stopped answering."
 
 
 def tick(session: Session, *, lease_seconds: float, reaper_seconds: float, max_infra_failures: int) -> int:
-    """Collects expired leases and answers how many; ON_HOLD while expiry proves nothing.
+    """Collects expired leases and overdue jobs and answers how many; ON_HOLD while expiry proves nothing.
 
     After a gap in ticking, a restart of Postgres or a jump of its clock no heartbeat could have been recorded, so
     owners first get one full lease to renew. Every host may tick; one does at a time."""
@@ -33,7 +33,7 @@ def tick(session: Session, *, lease_seconds: float, reaper_seconds: float, max_i
     session.flush()
     if control.hold_until is not None and control.hold_until > now:
         return ON_HOLD
-    return _reap_expired(session, max_infra_failures)
+    return _reap_expired(session, max_infra_failures) + _fail_overdue(session)
 
 
 def _heartbeats_were_lost(session: Session, last: datetime | None, now: datetime, interval: timedelta) -> bool:
@@ -55,6 +55,19 @@ def _reap_expired(session: Session, max_infra_failures: int) -> int:
     jobs = session.scalars(expired).all()
     for job in jobs:
         _reap(session, job, max_infra_failures)
+    return len(jobs)
+
+
+def _fail_overdue(session: Session) -> int:
+    """Ends jobs that nobody started before their deadline. Not while on hold: workers could not claim either."""
+    overdue = select(Job).where(IS_QUEUED, Job.deadline_at < NOW).order_by(Job.deadline_at).limit(BATCH)
+    locked = overdue.with_for_update(skip_locked=True).execution_options(populate_existing=True)
+    jobs = session.scalars(locked).all()
+    for job in jobs:
+        waited = f"No worker took this job within {job.deadline_seconds} s. Start one that serves the queue"
+        message = f"{waited} {job.queue!r}, then submit it again."
+        note_error(job, error_class="deadline", code="deadline_exceeded", message=message)
+        finish(session, job, JobState.FAILED)
     return len(jobs)
 
 

@@ -16,11 +16,10 @@ from registry.jobs.clock import read_clock
 from registry.jobs.conditions import IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.idempotency import Idempotency, reserve
+from registry.jobs.placement import DEFAULT_PLACEMENT, Placement, check_queue
 from registry.jobs.spec import LoraSpec, MergeDtype, MergeSpec, TrainSpec
 from registry.jobs.states import JobKind, JobState
 from registry.models import BaseModel, File, Job, Outbox, Tenant, Version
-
-LONGEST_WAIT_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +41,12 @@ def submit_training(
     spec: TrainSpec,
     request: dict[str, Any],
     idempotency: Idempotency | None,
+    placement: Placement = DEFAULT_PLACEMENT,
 ) -> Submitted:
     """Queues a training job that publishes to `adapter_name`; its files cannot be deleted until it ends.
 
-    Raises UnknownTargetModules, InvalidHyperparameter, UnknownTrainingFile, QuotaExceeded, IdempotencyKeyReused,
+    Raises UnknownTargetModules, InvalidHyperparameter, UnknownTrainingFile, UnknownQueue, QuotaExceeded,
+    IdempotencyKeyReused,
     and what ensure_adapter raises."""
     job_id = uuid.uuid4()
     if idempotency is not None:
@@ -54,6 +55,7 @@ def submit_training(
             earlier = session.scalars(select(Job).where(Job.id == reserved, Job.tenant_id == tenant_id)).one()
             return Submitted(earlier, replayed=True)
     check_lora(spec.lora, base_model)
+    check_queue(session, placement.queue)
     _lock_quota(session, tenant_id)
     _pin(session, tenant_id, training_file, "training_file")
     if validation_file is not None:
@@ -69,11 +71,16 @@ def submit_training(
         base_model_id=base_model.id,
         training_file_id=training_file.id,
         validation_file_id=validation_file.id if validation_file else None,
+        queue=placement.queue,
+        priority=placement.priority,
+        deadline_seconds=placement.deadline_seconds,
     )
     return Submitted(_enqueue(session, job), replayed=False)
 
 
-def submit_merge(session: Session, *, version: Version, dtype: MergeDtype) -> Job:
+def submit_merge(
+    session: Session, *, version: Version, dtype: MergeDtype, placement: Placement = DEFAULT_PLACEMENT
+) -> Job:
     """Queues the job of a merge. The caller inserts the merge row, which decides whether one is needed."""
     _lock_quota(session, version.tenant_id)
     job = Job(
@@ -84,6 +91,9 @@ def submit_merge(session: Session, *, version: Version, dtype: MergeDtype) -> Jo
         request={},
         adapter_id=version.adapter_id,
         base_model_id=version.adapter.base_model_id,
+        queue=placement.queue,
+        priority=placement.priority,
+        deadline_seconds=placement.deadline_seconds,
     )
     return _enqueue(session, job)
 
@@ -118,7 +128,6 @@ def _pin(session: Session, tenant_id: uuid.UUID, file: File, param: str) -> None
 
 
 def _enqueue(session: Session, job: Job) -> Job:
-    job.deadline_seconds = LONGEST_WAIT_SECONDS
     job.deadline_at = read_clock(session, ahead_seconds=job.deadline_seconds)
     session.add(job)
     session.flush()

@@ -205,6 +205,41 @@ class TestPause:
         refused(client.post(f"{ended}/{verb}"), 409, "job_terminal")
 
 
+class TestPlacement:
+    def test_a_job_shows_how_it_waits(self, client: TestClient, submit: Submit) -> None:
+        body = submit(depot={"priority": 3, "deadline_seconds": 3600}).json()
+        assert (body["depot"]["priority"], body["depot"]["queue"]) == (3, "default")
+        assert body["depot"]["deadline_at"] - body["created_at"] in (3600, 3601)
+
+    @pytest.mark.parametrize(
+        ("depot", "code"),
+        [
+            ({"priority": 10**9}, "invalid_value"),
+            ({"priority": -1}, "invalid_value"),
+            ({"queue": "../internal"}, "invalid_value"),
+            ({"queue": "gpu"}, "unknown_queue"),
+            ({"deadline_seconds": 1}, "invalid_value"),
+            ({"image": "x"}, "unknown_field"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, submit: Submit, depot: dict[str, Any], code: str) -> None:
+        error = refused(submit(depot=depot), 422, code)
+        assert error["param"].startswith("depot.")
+
+
+class TestQueue:
+    def test_a_waiting_job_says_why(self, client: TestClient, submit: Submit, sessions: SessionFactory) -> None:
+        address = f"/v1/fine_tuning/jobs/{submit().json()['id']}"
+        body = client.get(f"{address}/queue").json()
+        assert (body["position"], body["reason"], body["estimate_seconds"]) == (1, "no_worker", None)
+        client.post(f"{address}/pause")
+        assert client.get(f"{address}/queue").json()["state"] == "paused"
+        client.post(f"{address}/resume")
+        run_next(sessions)
+        body = client.get(f"{address}/queue").json()
+        assert (body["state"], body["position"], body["reason"]) == ("running", None, None)
+
+
 class TestCancel:
     def test_a_queued_job_ends_at_once(self, client: TestClient, submit: Submit) -> None:
         job_id = submit().json()["id"]

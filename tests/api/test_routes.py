@@ -52,6 +52,7 @@ GET /v1/fine_tuning/jobs jobs:read
 GET /v1/fine_tuning/jobs/{job_id} jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/attempts jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/events jobs:read
+GET /v1/fine_tuning/jobs/{job_id}/queue jobs:read
 GET /v1/merges/{merge_id} merges:read
 GET /v1/merges/{merge_id}/files/{file:path} merges:read
 GET /v1/models models:read

@@ -256,6 +256,12 @@ def test_a_queued_job_is_cancelled(depot: Depot, run: Run, rows: str) -> None:
     assert depot.job(job).state == "cancelled"
 
 
+def test_a_waiting_job_says_why(depot: Depot, run: Run, rows: str) -> None:
+    job_id = submit(run, rows, "--priority", "7")
+    said = run("jobs", "queue", job_id).output
+    assert "No worker has served the queue" in said and re.search(r"priority\s+7", said)
+
+
 def test_a_job_is_paused_and_resumed(depot: Depot, run: Run, rows: str) -> None:
     job_id = submit(run, rows)
     assert "is paused" in run("jobs", "pause", job_id).stdout

@@ -10,9 +10,9 @@ from sqlalchemy import func, select
 from registry.db import transaction
 from registry.dispatch import CeleryDispatcher
 from registry.jobs.lease import claim
-from registry.models import Job
+from registry.models import Job, Worker
 from tests.worker.depot import Depot, wait_until
-from worker.housekeeping import Chore, make_reaper, make_relay
+from worker.housekeeping import Chore, make_presence, make_reaper, make_relay
 
 
 def test_a_chore_survives_errors_and_logs_an_outage_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -32,6 +32,19 @@ def test_a_chore_survives_errors_and_logs_an_outage_once(caplog: pytest.LogCaptu
     wait_until(lambda: len(calls) > 5)
     chore.stop()
     assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+
+
+def test_a_worker_shows_that_it_is_there(depot: Depot) -> None:
+    chore = make_presence(depot.sessions, name="w", queues=["gpu"], slots=2, seconds=0.05)
+    chore.start()
+
+    def seen() -> list[Worker]:
+        with depot.sessions() as session:
+            return list(session.scalars(select(Worker)))
+
+    (worker,) = wait_until(seen)
+    chore.stop()
+    assert (worker.queues, worker.slots) == (["gpu"], 2)
 
 
 def test_without_redis_the_relay_says_so_once_and_the_reaper_works(
