@@ -42,10 +42,15 @@ class AdapterFacts:
 
 def read_adapter_config(directory: Path) -> LoraConfig:
     """`adapter_config.json` of the folder. A missing file is BadAdapter."""
+    return LoraConfig.from_peft_json(read_config_bytes(directory))
+
+
+def read_config_bytes(directory: Path) -> bytes:
+    """The content of `adapter_config.json`, if it is not too large. A missing file is BadAdapter."""
     path = _file(directory, CONFIG_FILE)
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise BadConfig(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
-    return LoraConfig.from_peft_json(path.read_bytes())
+    return path.read_bytes()
 
 
 def read_adapter_header(directory: Path) -> Header:

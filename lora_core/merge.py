@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from lora_core.errors import NonFinite
+from lora_core.errors import KeyMismatch, NonFinite
 from lora_core.floats import DTYPE_NAMES, FLOATS, Array, Scratch, square_sum
 from lora_core.gate import WEIGHTS_FILE
 from lora_core.header import ITEM_BYTES, Header, TensorInfo, encode_header
@@ -79,6 +79,7 @@ def merge(
     their bytes. `on_progress(bytes done, bytes in all)` may raise to stop. NaN or infinity in a result is NonFinite.
     """
     plan = plan_merge(base_dir, adapter_dir)
+    _check_supported(plan)
     layouts = _layouts(base_dir, plan, DTYPE_NAMES[dtype] if dtype else None)
     total = sum(header.file_bytes for _, header in layouts.values())
     report = MergeReport(dtype=dtype or "base")
@@ -215,6 +216,15 @@ class _Merger:
         if found is None or found.values.size < items:
             found = self._local.scratch = Scratch(items)
         return found
+
+
+def _check_supported(plan: MergePlan) -> None:
+    """Outputs are still laid out as the base is: no tensor more, none of another shape."""
+    if "tie_word_embeddings" in plan.recipe.config_changes:
+        raise KeyMismatch("the base ties its input and output layer, and the adapter makes them differ: unsupported")
+    for name, tensor in plan.recipe.tensors.items():
+        if tensor.base != name or tensor.magnitude_of_columns:
+            raise KeyMismatch(f"{name} would be more than changed in place: unsupported")
 
 
 def _layouts(base_dir: Path, plan: MergePlan, target: str | None) -> dict[str, Layout]:

@@ -1,21 +1,22 @@
 """Which tensor of an adapter goes to which tensor of a base: known from headers, before any arithmetic."""
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from lora_core.config import OUTPUT_LAYER, LoraConfig
+from lora_core import strict_json
+from lora_core.adapter_names import AdaptedModule, adapted_modules
+from lora_core.changes import Adapted, Changes, find_changes, needed_parameters
 from lora_core.errors import BadBase, KeyMismatch, ShapeMismatch
 from lora_core.floats import FLOATS
-from lora_core.gate import Pair, adapter_pairs, read_adapter_config, read_adapter_header
+from lora_core.gate import read_adapter_header, read_config_bytes
 from lora_core.header import Header, TensorInfo
+from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap, Place, infer_keymap
+from lora_core.peft_config import AdapterConfig, matches
 from lora_core.recipe import LowRank, Recipe, TensorRecipe
 from lora_core.shards import ShardIndex, open_checkpoint
-
-_EMBEDDINGS = ("embed_tokens", "wte")
-_OUTPUT_LAYERS = (OUTPUT_LAYER, "embed_out")
 
 
 @dataclass(frozen=True)
@@ -27,70 +28,192 @@ class MergePlan:
     recipe: Recipe
 
 
-def plan_merge(base_dir: Path, adapter_dir: Path) -> MergePlan:
-    """Match every adapter tensor to exactly one tensor of the base, or raise KeyMismatch or ShapeMismatch."""
+def plan_merge(base_dir: Path, adapter_dir: Path, *, keymap: Keymap | None = None) -> MergePlan:
+    """Match every adapter tensor to the tensors of the base, or raise KeyMismatch or ShapeMismatch."""
     index = open_checkpoint(base_dir)
-    config = read_adapter_config(adapter_dir)
+    config = AdapterConfig.from_json(read_config_bytes(adapter_dir))
     header = read_adapter_header(adapter_dir)
-    base_config = json.loads((base_dir / "config.json").read_bytes())
-    return MergePlan(index, header, make_recipe(index.tensors(), base_config, header, config))
+    base_config = strict_json.loads((base_dir / "config.json").read_bytes())
+    return MergePlan(index, header, make_recipe(index.tensors(), base_config, header, config, keymap=keymap))
 
 
 def make_recipe(
-    tensors: Mapping[str, TensorInfo], base_config: Mapping[str, Any], adapter: Header, config: LoraConfig
+    tensors: Mapping[str, TensorInfo],
+    base_config: Mapping[str, Any],
+    adapter: Header,
+    config: AdapterConfig,
+    *,
+    keymap: Keymap | None = None,
 ) -> Recipe:
-    """The recipe of a merge from the base's tensors and config.json and the adapter's header and config."""
-    pairs = adapter_pairs(adapter, config)
-    _check_embeddings(base_config, pairs)
-    names = checkpoint_names(list(pairs), tensors)
-    for path, pair in pairs.items():
-        _check_fit(tensors[names[path]], pair.shape[::-1] if config.fan_in_fan_out else pair.shape)
-    return Recipe({names[path]: _add(tensors[names[path]], pair, config, path) for path, pair in sorted(pairs.items())})
+    """The recipe of a merge, from the base's tensors and config.json and the adapter's header and configuration.
+
+    Every tensor of the adapter is used. Without a `keymap` one is inferred from names. Where input and output layer
+    are tied and the adapter makes them differ, the recipe writes both and says so in `config_changes`.
+    """
+    modules = adapted_modules(adapter)
+    needed = needed_parameters(modules, config)
+    if keymap is None:
+        keymap = infer_keymap(needed, tensors, base_config, transposed=config.fan_in_fan_out)
+    keymap = _with_own_names(keymap, needed, tensors)
+    _check_targets(modules, config, tensors)
+    changes = find_changes(modules, config, keymap)
+    recipes, untied = _untie(changes, keymap, tensors)
+    for parameter in changes.parameters():
+        for place in keymap.places.get(parameter, ()):
+            recipe = _part(tensors[place.tensor], place, parameter, changes)
+            before = recipes.get(place.tensor)
+            recipes[place.tensor] = _joined(before, recipe) if before else recipe
+    config_changes = _untied(base_config) if untied else {}
+    config_changes |= _vocabulary(recipes, tensors)
+    kept = {name: recipe for name, recipe in sorted(recipes.items()) if not recipe.is_copy or recipe.base != name}
+    return Recipe(kept, config_changes)
 
 
-def _add(base: TensorInfo, pair: Pair, config: LoraConfig, path: str) -> TensorRecipe:
-    term = LowRank(
-        lora_A=pair.lora_A.name,
-        lora_B=pair.lora_B.name,
-        scaling=config.scaling_for(path),
-        transposed=config.fan_in_fan_out,
+def _with_own_names(keymap: Keymap, needed: list[str], tensors: Mapping[str, TensorInfo]) -> Keymap:
+    """Adapters of older libraries call modules what the checkpoint calls them; such names are their own places."""
+    strange = [name for name in needed if name not in keymap.places and name not in keymap.tied]
+    for name in strange:
+        if name in keymap.opaque:
+            raise KeyMismatch(f"{name} is made from the checkpoint by {keymap.opaque[name]}, which is not supported")
+    if missing := [name for name in strange if name not in tensors]:
+        raise KeyMismatch(f"the base has no tensor for {', '.join(missing[:5])}", missing=missing)
+    places = {name: (Place(tensor=name),) for name in strange}
+    shapes = {name: tensors[name].shape for name in strange}
+    return replace(keymap, places={**keymap.places, **places}, shapes={**keymap.shapes, **shapes})
+
+
+def _check_targets(modules: list[AdaptedModule], config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    """Where the config lists names: each module with factors is among them, and no listed one lacks factors."""
+    if config.target_modules is None:
+        return
+    paths = {module.path for module in modules if module.roles.keys() - {"new_rows"}}
+    names = {*config.target_modules, *(target.rpartition(".")[0] for target in config.target_parameters)}
+    for path in sorted(paths):
+        tied = config.ensure_weight_tying and path.rpartition(".")[2] in OUTPUT_LAYERS
+        if not tied and not any(matches(path, name) for name in names):
+            raise KeyMismatch(f"{path} has tensors but is not in target_modules")
+    unused = [name for name in config.target_modules if not any(matches(path, name) for path in paths)]
+    for name in unused:
+        if any(matches(tensor.rpartition(".")[0], name) for tensor in tensors):
+            raise KeyMismatch(f"target_modules names {name}, of which the file has no tensor")
+
+
+def _untie(changes: Changes, keymap: Keymap, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorRecipe], bool]:
+    """Tensors to add because tied layers no longer share one, and whether any no longer do.
+
+    PEFT trains one side of a tie against the base's matrix on the other side: the two differ afterwards. Only new
+    rows for tokens are shared, by PEFT itself. A stored copy of the base's matrix stands for both sides.
+    """
+    recipes: dict[str, TensorRecipe] = {}
+    untied = False
+    for head, source in keymap.tied.items():
+        touched = set(changes.parameters()) & {head, source}
+        if touched == {source} and not {source} & (changes.replaced.keys() | changes.adapted.keys()):
+            if head in keymap.places:
+                changes.new_rows[head] = changes.new_rows[source]
+        elif touched:
+            untied = True
+            for one, other in ((source, head), (head, source)):
+                copy = changes.replaced.get(one)
+                if copy and copy.is_base:
+                    changes.replaced.setdefault(other, copy)
+            if head not in keymap.places:
+                if head not in keymap.new_names:
+                    raise KeyMismatch(f"the adapter makes {head} differ from {source}, with which the base ties it")
+                base = tensors[keymap.places[source][0].tensor]
+                recipes[keymap.new_names[head]] = _whole(base, head, changes)
+    return recipes, untied
+
+
+def _part(base: TensorInfo, place: Place, parameter: str, changes: Changes) -> TensorRecipe:
+    """What a change of `parameter` does to the tensor that `place` names."""
+    if place.is_whole:
+        return _whole(base, parameter, changes)
+    adapted = changes.adapted.get(parameter)
+    if adapted is None or adapted.magnitude or parameter in changes.replaced or parameter in changes.new_rows:
+        raise KeyMismatch(f"{parameter} is stored in parts ({base.name}); only factors can be merged into those")
+    rows, *rest = adapted.product[::-1] if place.transposed else adapted.product
+    begin, end = place.rows or (0, rows)
+    if [*base.shape[1:]] != rest or end > rows or place.first + end - begin > base.shape[0]:
+        raise ShapeMismatch(f"{base.name} has shape {list(base.shape)}, the product {list(adapted.product)}")
+    term = replace(
+        adapted.term,
+        expert=None if place.expert is None else (place.expert, adapted.experts or 1),
+        rows=place.rows,
+        first=place.first,
+        transposed=adapted.term.transposed != place.transposed,
     )
-    return TensorRecipe(base=base.name, dtype=base.dtype, shape=base.shape, columns=base.shape[1], terms=(term,))
+    return _tensor_recipe(base, terms=(term,) if adapted.r else ())
 
 
-def checkpoint_names(paths: list[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Module path → checkpoint tensor, one to one. Checkpoints differ in whether the trunk's prefix is written;
-    exactly one way must fit all paths."""
-    ways: set[tuple[str, ...]] = set()
-    missing = paths
-    for prefix in ("", "model.", "transformer."):
-        without = tuple(f"{path.removeprefix(prefix)}.weight" for path in paths)
-        for names in (without, tuple(f"{prefix}{path}.weight" for path in paths)):
-            absent = [path for path, name in zip(paths, names, strict=True) if name not in tensors]
-            if not absent and len(set(names)) == len(names):
-                ways.add(names)
-            elif len(absent) < len(missing):
-                missing = absent
-    if len(ways) > 1:
-        raise KeyMismatch(f"{paths[0]} fits more than one tensor of the base, with and without a prefix")
-    if not ways:
-        raise KeyMismatch(f"the base has no weight for {', '.join(missing[:5])}", missing=missing)
-    return dict(zip(paths, ways.pop(), strict=True))
+def _whole(base: TensorInfo, parameter: str, changes: Changes) -> TensorRecipe:
+    """What becomes of `base` if it is all of `parameter`."""
+    recipe = _tensor_recipe(base)
+    if replaced := changes.replaced.get(parameter):
+        shape = replaced.tensor.shape
+        resized = parameter.rpartition(".")[0].rpartition(".")[2] in (*EMBEDDINGS, *OUTPUT_LAYERS)
+        if shape[1:] != base.shape[1:] or (shape != base.shape and not resized):
+            raise ShapeMismatch(f"{base.name} has shape {list(base.shape)}, {replaced.tensor.name} {list(shape)}")
+        recipe = replace(recipe, base=None, replaced_by=replaced.tensor.name, shape=shape)
+    if parameter in changes.new_rows:
+        new_rows, indices = changes.new_rows[parameter]
+        if new_rows.shape[1:] != recipe.shape[1:] or max(indices) >= recipe.shape[0]:
+            raise ShapeMismatch(f"{new_rows.name} holds rows that {base.name} has not")
+        recipe = replace(recipe, new_rows=new_rows.name, row_indices=indices)
+    if adapted := changes.adapted.get(parameter):
+        experts = (adapted.experts,) if adapted.experts else ()
+        if recipe.shape != (*experts, *adapted.product):
+            product = [*experts, *adapted.product]
+            raise ShapeMismatch(f"{base.name} has shape {list(recipe.shape)}, the adapter's product {product}")
+        recipe = replace(recipe, terms=tuple(_terms(adapted)))
+        if adapted.experts:
+            recipe = replace(recipe, columns=recipe.shape[-1])
+        if adapted.magnitude:
+            name, of_columns = adapted.magnitude.name, adapted.term.transposed
+            recipe = replace(recipe, magnitude=name, magnitude_of_columns=of_columns)
+    return recipe
 
 
-def _check_fit(tensor: TensorInfo, shape: tuple[int, int]) -> None:
-    if tensor.shape != shape:
-        raise ShapeMismatch(f"{tensor.name} has shape {list(tensor.shape)}, the adapter's product {list(shape)}")
-    if tensor.dtype not in FLOATS:
-        raise BadBase(f"{tensor.name} is {tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged into")
+def _terms(adapted: Adapted) -> Iterator[LowRank]:
+    if not adapted.r:  # AdaLoRA can prune all of a module's rank; its factors are empty then
+        return
+    if adapted.experts is None:
+        yield adapted.term
+    else:
+        for expert in range(adapted.experts):
+            yield replace(adapted.term, expert=(expert, adapted.experts), first=expert * adapted.product[0])
 
 
-def _check_embeddings(base_config: Mapping[str, Any], paths: Iterable[str]) -> None:
-    tied = base_config.get("tie_word_embeddings", False)
-    for path in paths:
-        name = path.rpartition(".")[2]
-        if name in _EMBEDDINGS:
-            raise KeyMismatch(f"{path} is an embedding, whose factors have other names and another layout")
-        # One matrix serves input and output: adding to it would change both, and the adapter was trained on one.
-        if tied and name in _OUTPUT_LAYERS:
-            raise KeyMismatch(f"the base ties its input and output layer, and the adapter changes {path}")
+def _tensor_recipe(base: TensorInfo, terms: tuple[LowRank, ...] = ()) -> TensorRecipe:
+    if base.dtype not in FLOATS:
+        raise BadBase(f"{base.name} is {base.dtype}; only {', '.join(sorted(FLOATS))} can be merged into")
+    return TensorRecipe(base=base.name, dtype=base.dtype, shape=base.shape, columns=prod(base.shape[1:]), terms=terms)
+
+
+def _joined(first: TensorRecipe, second: TensorRecipe) -> TensorRecipe:
+    """Two parameters that lie in one tensor."""
+    if replace(first, terms=()) != replace(second, terms=()):
+        raise KeyMismatch(f"{first.base} holds several parameters, of which not all are merged the same way")
+    return replace(first, terms=first.terms + second.terms)
+
+
+def _untied(base_config: Mapping[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = {"tie_word_embeddings": False}
+    text = base_config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        changed["text_config"] = text | changed
+    return changed
+
+
+def _vocabulary(recipes: Mapping[str, TensorRecipe], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The new size, if the adapter brings input and output layers of another one."""
+    layers = {
+        name: recipes[name].shape[0] if name in recipes else tensors[name].shape[0]
+        for name in (*tensors, *recipes)
+        if name.endswith(".weight") and name.rpartition(".")[0].rpartition(".")[2] in (*EMBEDDINGS, *OUTPUT_LAYERS)
+    }
+    if all(name in tensors and tensors[name].shape[0] == size for name, size in layers.items() if name in tensors):
+        return {}
+    if len(set(layers.values())) > 1:
+        raise ShapeMismatch("the adapter resizes the vocabulary of the input or the output layer, but not of both")
+    return {"vocab_size": next(iter(layers.values()))}

@@ -16,6 +16,7 @@ from lora_core.recipe import LowRank, TensorRecipe
 # the same cores, wait for each other: a merge took 50 times as long.
 _TILE_MULTIPLICATIONS = 2**18
 _PREPARED_ROWS = 256
+_RECENT = 3
 
 ReadRows = Callable[[int, int], Array]
 
@@ -46,14 +47,19 @@ class AdapterReader:
         self._tensors = {tensor.name: tensor for tensor in header.tensors}
         self._data_start = header.data_start
         self._read = read
+        self._recent: list[tuple[str, Array]] = []  # factors of experts serve one tensor after another
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 
     def matrix(self, name: str, rows: int) -> Array:
-        """The whole tensor in `rows` rows."""
-        tensor = self._find(name)
-        return self._numbers(tensor, 0, prod(tensor.shape)).reshape(rows, -1)
+        """The whole tensor in `rows` rows; not to be written to."""
+        found = next((values for recent, values in self._recent if recent == name), None)
+        if found is None:
+            tensor = self._find(name)
+            found = self._numbers(tensor, 0, prod(tensor.shape))
+            self._recent = [*self._recent[1 - _RECENT :], (name, found)]
+        return found.reshape(rows, -1)
 
     def rows(self, name: str, begin: int, end: int, columns: int) -> Array:
         """Rows of the tensor, seen as a matrix with `columns` columns. NaN and infinity are NonFinite."""
@@ -77,13 +83,8 @@ class AdapterReader:
 
 
 def load_update(tensor: TensorRecipe, adapter: AdapterReader) -> Update:
-    """Read what `tensor` needs of the adapter: factors at once, whole replacements only as they are used."""
-    low_rank = _LowRankSum([_load_term(term, adapter) for term in tensor.terms])
-    if tensor.magnitude is not None:
-        return _Magnitude(tensor, low_rank, adapter.matrix(tensor.magnitude, 1)[0])
-    if tensor.base is None or tensor.new_rows is not None:
-        return _Replacement(tensor, low_rank, adapter)
-    return low_rank
+    """Read the factors that `tensor` needs of the adapter; whole replacements are read as they are used."""
+    return _Update(tensor, [_load_term(term, adapter) for term in tensor.terms], adapter)
 
 
 @dataclass(frozen=True)
@@ -100,80 +101,57 @@ class _Term:
         return float(np.einsum("ij,ij", _gram(self.left.T), _gram(self.right)))
 
 
-class _LowRankSum:
-    """Terms that share no row."""
+class _Update:
+    """The steps of a TensorRecipe, in its order."""
 
-    def __init__(self, terms: list[_Term]) -> None:
-        self._terms = terms
-        self.squared_norm = sum(term.squared_norm for term in terms)
+    def __init__(self, tensor: TensorRecipe, terms: list[_Term], adapter: AdapterReader) -> None:
+        self._tensor, self._terms, self._adapter = tensor, terms, adapter
+        self._row_of = {row: position for position, row in enumerate(tensor.row_indices)}
+        self._magnitude = adapter.matrix(tensor.magnitude, 1)[0] if tensor.magnitude else None
+        self._column_factors = np.full(tensor.columns, np.nan)  # until prepared
+
+    @property
+    def squared_norm(self) -> float | None:
+        only_terms = self._tensor.base and not self._row_of and self._magnitude is None
+        return sum(term.squared_norm for term in self._terms) if only_terms else None
 
     def prepare(self, read_rows: ReadRows) -> None:
-        """Nothing: every row stands for itself."""
+        """The norms of columns need every row of V = W + ΔW; all else stands for itself."""
+        if self._magnitude is None or not self._tensor.magnitude_of_columns:
+            return
+        columns = self._tensor.columns
+        squares = np.zeros(columns)
+        rows = prod(self._tensor.shape) // columns
+        for begin in range(0, rows, _PREPARED_ROWS):
+            end = min(begin + _PREPARED_ROWS, rows)
+            block = read_rows(begin, end) if self._tensor.base else np.empty((end - begin, columns))
+            self._add(block, begin)
+            squares += np.einsum("ij,ij->j", block, block)
+        self._column_factors = _ratio(self._magnitude, squares)
 
     def apply(self, values: Array, first_row: int) -> None:
-        last_row = first_row + len(values)
+        self._add(values, first_row)
+        if self._magnitude is None:
+            return
+        if self._tensor.magnitude_of_columns:
+            values *= self._column_factors
+        else:
+            magnitude = self._magnitude[first_row : first_row + len(values)]
+            values *= _ratio(magnitude, np.einsum("ij,ij->i", values, values))[:, None]
+
+    def _add(self, values: Array, first_row: int) -> None:
+        """Everything but the magnitude."""
+        last_row, columns = first_row + len(values), self._tensor.columns
+        if self._tensor.replaced_by:
+            values[:] = self._adapter.rows(self._tensor.replaced_by, first_row, last_row, columns)
+        for row in range(first_row, last_row) if self._row_of else ():
+            if (position := self._row_of.get(row)) is not None and self._tensor.new_rows:
+                values[row - first_row] = self._adapter.rows(self._tensor.new_rows, position, position + 1, columns)
         for term in self._terms:
             begin, end = max(first_row, term.first), min(last_row, term.first + len(term.left))
             if begin < end:
-                add_product(
-                    values[begin - first_row : end - first_row],
-                    term.left[begin - term.first : end - term.first],
-                    term.right,
-                )
-
-
-class _Replacement:
-    """Rows that come from the adapter, all or some, and terms added to the result."""
-
-    squared_norm = None
-
-    def __init__(self, tensor: TensorRecipe, low_rank: _LowRankSum, adapter: AdapterReader) -> None:
-        self._tensor, self._low_rank, self._adapter = tensor, low_rank, adapter
-        self._row_of = {row: position for position, row in enumerate(tensor.row_indices)}
-
-    def prepare(self, read_rows: ReadRows) -> None:
-        """Nothing: every row stands for itself."""
-
-    def apply(self, values: Array, first_row: int) -> None:
-        columns = self._tensor.columns
-        if self._tensor.replaced_by is not None:
-            values[:] = self._adapter.rows(self._tensor.replaced_by, first_row, first_row + len(values), columns)
-        if self._tensor.new_rows is not None:
-            for row in range(first_row, first_row + len(values)):
-                if (position := self._row_of.get(row)) is not None:
-                    values[row - first_row] = self._adapter.rows(self._tensor.new_rows, position, position + 1, columns)
-        self._low_rank.apply(values, first_row)
-
-
-class _Magnitude:
-    """DoRA: m/‖V‖ · V with V = W + ΔW, the norm over each row of V, or over each column."""
-
-    squared_norm = None
-
-    def __init__(self, tensor: TensorRecipe, low_rank: _LowRankSum, magnitude: Array) -> None:
-        self._low_rank, self._magnitude = low_rank, magnitude
-        self._rows, self._columns = prod(tensor.shape) // tensor.columns, tensor.columns
-        self._of_columns = tensor.magnitude_of_columns
-        self._factors = np.full(self._columns, np.nan)  # until prepared
-
-    def prepare(self, read_rows: ReadRows) -> None:
-        """The norms of columns need every row."""
-        if not self._of_columns:
-            return
-        squares = np.zeros(self._columns)
-        for begin in range(0, self._rows, _PREPARED_ROWS):
-            block = read_rows(begin, min(begin + _PREPARED_ROWS, self._rows))
-            self._low_rank.apply(block, begin)
-            squares += np.einsum("ij,ij->j", block, block)
-        self._factors = _ratio(self._magnitude, squares)
-
-    def apply(self, values: Array, first_row: int) -> None:
-        self._low_rank.apply(values, first_row)
-        if self._of_columns:
-            values *= self._factors
-        else:
-            squares = np.einsum("ij,ij->i", values, values)
-            values *= _ratio(self._magnitude[first_row : first_row + len(values)], squares)[:, None]
+                left = term.left[begin - term.first : end - term.first]
+                add_product(values[begin - first_row : end - first_row], left, term.right)
 
 
 def add_product(values: Array, left: Array, right: Array) -> None:
@@ -186,15 +164,17 @@ def add_product(values: Array, left: Array, right: Array) -> None:
 
 
 def _load_term(term: LowRank, adapter: AdapterReader) -> _Term:
-    lora_B = adapter.matrix(term.lora_B, adapter.shape(term.lora_B)[0])
-    lora_A = np.ones((1, 1))
-    if term.lora_A is not None:
+    if term.lora_A is None:
+        lora_A = np.ones((1, 1))
+    elif term.expert is None:
         lora_A = adapter.matrix(term.lora_A, adapter.shape(term.lora_A)[0])
-    if term.expert:
+    else:  # lora_A holds expert after expert
         expert, experts = term.expert
-        # lora_A holds expert after expert; in lora_B's columns the expert changes fastest
-        lora_A = lora_A.reshape(experts, -1, lora_A.shape[1])[expert]
-        lora_B = lora_B[:, expert::experts]
+        rows, columns = adapter.shape(term.lora_A)
+        lora_A = adapter.rows(term.lora_A, expert * rows // experts, (expert + 1) * rows // experts, columns)
+    lora_B = adapter.matrix(term.lora_B, adapter.shape(term.lora_B)[0])
+    if term.expert is not None:  # in the columns of lora_B the expert changes fastest
+        lora_B = lora_B[:, term.expert[0] :: term.expert[1]]
     if term.lora_E is not None:
         lora_A = lora_A * adapter.matrix(term.lora_E, len(lora_A))
     left, right = lora_B * term.scaling, lora_A
