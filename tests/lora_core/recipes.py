@@ -63,7 +63,7 @@ def randomize(adapter: Path, *, scale: float = 0.2, seed: int = 0) -> Path:
         elif "lora_A" in name or "lora_B" in name or "embedding" in name or "lora_E" in name:
             tensors[name] = noise
         else:
-            tensors[name] = tensor + noise * tensor.abs().mean()
+            tensors[name] = tensor + noise * tensor.abs().mean().clamp(min=0.1)
     save_file(tensors, adapter / WEIGHTS_FILE, metadata={"format": "pt"})
     return adapter
 
