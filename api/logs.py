@@ -38,3 +38,5 @@ def configure(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Its lines hold paths and queries, and download links are secrets in the path. `api.requests` replaces it.
     logging.getLogger("uvicorn.access").disabled = True
+    # It announces itself whenever `/readyz` asks for the schema's version.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
