@@ -1,5 +1,6 @@
 """`lora-depot download` and `merge`: adapters and merged models as folders on this machine."""
 
+import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -81,6 +82,7 @@ def merge(
     dtype: Annotated[MergeDtype, typer.Option(help="Of the merged weights.")] = MergeDtype.BASE,
 ) -> None:
     """Merge an adapter into its base model on this machine, without a server."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has its own threads, which those would hinder
     from lora_core.errors import LoraError
     from lora_core.merge import merge as fold
 

@@ -44,6 +44,12 @@ class BadRecipe(LoraError):
     code = "invalid_recipe"
 
 
+class DigestMismatch(LoraError):
+    """A file that was made is not the one that was expected."""
+
+    code = "digest_mismatch"
+
+
 class KeyMismatch(LoraError):
     """Tensor names of an adapter and of a base model do not fit one to one."""
 
@@ -96,3 +102,9 @@ class DatasetError(LoraError):
     """The training rows cannot be trained on; `details["errors"]` says which and why."""
 
     code = "invalid_training_file"
+
+
+class NothingToLearn(DatasetError):
+    """No row has a trained token within the length limit."""
+
+    code = "no_trainable_tokens"

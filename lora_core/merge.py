@@ -1,49 +1,53 @@
-"""Fold a LoRA into its base: W + scaling · lora_B · lora_A, streamed shard by shard, without torch.
+"""Fold a LoRA into its base, to a folder: W + scaling · lora_B · lora_A and its variants, without torch.
 
-Each number is computed in float64 and rounded once, to the nearest of the output dtype. Memory is a few blocks
-and the factors of the module at hand, whatever the size of the model. The output appears at once or not at all.
+Two threads read, compute and write a few blocks ahead of the caller's, which hashes what they wrote. Memory is a few
+blocks and the factors of the modules at hand, whatever the model's size. The output appears at once or not at all.
 """
 
+import hashlib
 import json
 import math
-import shutil
-import threading
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-
-from lora_core.errors import KeyMismatch, NonFinite
-from lora_core.floats import DTYPE_NAMES, FLOATS, Array, Scratch, square_sum
-from lora_core.gate import WEIGHTS_FILE
-from lora_core.header import ITEM_BYTES, Header, TensorInfo, encode_header
-from lora_core.plan import MergePlan, plan_merge
-from lora_core.shards import COMPANION_FILES, INDEX_FILE, ByteReader, HashingWriter, staged_directory
-from lora_core.updates import AdapterReader, Update, load_update
+from lora_core.errors import DigestMismatch
+from lora_core.floats import DTYPE_NAMES, Sums
+from lora_core.layout import Computed, Copied, OutputFile
+from lora_core.merged import MergedCheckpoint, blocks
+from lora_core.plan import plan_merge
+from lora_core.recipe import Recipe
+from lora_core.sources import LocalFiles, write_at
+from lora_core.staging import Stage, resumable_directory
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Progress = Callable[[int, int], None]
-Layout = tuple[bytes, Header]
 
-# A block's float64 values fill half a megabyte, so that every pass over them finds them in the L2 cache.
-BLOCK_ITEMS = 65_536
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 16, 256
 _THREADS = 2
-_BLOCKS_IN_FLIGHT = 6
+_TASKS_IN_FLIGHT = 16
+_COPY_BYTES = 2**22
+_HASH_BYTES = 2**18
+# Of the arithmetic: what a killed process left of another number is not gone on with.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One merged tensor. `relative_delta` = ‖ΔW‖/‖W‖; `rounding_loss` = ‖round(W+ΔW) − (W+ΔW)‖/‖ΔW‖."""
+    """One merged tensor. With Δ the exact change and Δ' the one that rounding left: `relative_delta` = ‖Δ‖/‖W‖,
+    `rounding_loss` = ‖Δ' − Δ‖/‖Δ‖, `cosine` that between Δ and Δ', and the share of elements with new bits."""
 
     name: str
     relative_delta: float
     rounding_loss: float
+    cosine: float
+    changed_share: float
 
 
 @dataclass(frozen=True)
@@ -70,209 +74,199 @@ def merge(
     adapter_dir: Path,
     out_dir: Path,
     *,
+    recipe: Recipe | None = None,
     dtype: Dtype | None = None,
+    scale: float = 1.0,
+    shard_size: int | None = None,
+    expected: Mapping[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> MergeReport:
     """Write the base with the adapter folded in to `out_dir`, which must not exist; its parent must.
 
     `dtype` converts every float tensor; None keeps each as it is, and then tensors the adapter does not touch keep
-    their bytes. `on_progress(bytes done, bytes in all)` may raise to stop. NaN or infinity in a result is NonFinite.
+    their bytes. `scale` multiplies the change, `shard_size` (bytes) cuts new shards. Without a `recipe` one is made.
+    `expected` is the SHA-256 of files by name; another one is DigestMismatch. `on_progress(bytes done, bytes in all)`
+    may raise to stop. NaN or infinity in a result is NonFinite. A killed merge goes on where it was, file by file.
     """
-    plan = plan_merge(base_dir, adapter_dir)
-    _check_supported(plan)
-    layouts = _layouts(base_dir, plan, DTYPE_NAMES[dtype] if dtype else None)
-    total = sum(header.file_bytes for _, header in layouts.values())
-    report = MergeReport(dtype=dtype or "base")
-    done = 0
-    with staged_directory(out_dir) as stage, closing(_Merger(base_dir, adapter_dir, plan)) as merger:
-        for shard, (head, header) in layouts.items():
-            with HashingWriter(stage / shard) as writer:
-                writer.write(head)
-                for data in merger.blocks(shard, header):
-                    writer.write(data)
-                    if on_progress:
-                        on_progress(done + writer.size, total)
-            done += writer.size
-            report.files.append(FileReport(shard, writer.size, writer.sha256))
-        report.files += _write_companions(base_dir, stage, plan, layouts, dtype)
-    report.tensors = merger.tensor_reports()
-    report.copied_tensors = len(plan.index.tensors()) - len(report.tensors)
-    return report
+    if recipe is None:
+        recipe = plan_merge(base_dir, adapter_dir).recipe
+    target = DTYPE_NAMES[dtype] if dtype else None
+    with LocalFiles(base_dir) as base, LocalFiles(adapter_dir) as adapter:
+        merged = MergedCheckpoint(base, adapter, recipe, dtype=target, scale=scale, shard_size=shard_size)
+        stamps = [base.stamps(), adapter.stamps()]
+        key = _key(recipe.to_json().decode(), target, scale, shard_size, stamps)
+        with resumable_directory(out_dir, key) as stage:
+            run = _Run(merged, base, stage, on_progress)
+            run.write_all()
+            _check_digests(run.files, expected or {})
+    reports = [_tensor_report(name, sums) for name, sums in run.sums.items()]
+    count = sum(file.tensors for file in merged.files.values())
+    return MergeReport(dtype or "base", reports, count - len(reports), run.files)
 
 
 @dataclass
-class _Sums:
-    """Squared norms of one tensor, filled in as its blocks pass."""
+class _Open:
+    """A file that is being written."""
 
-    weight: float = 0.0
-    delta: float = 0.0
-    lost: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """`size` source bytes from `offset`: rows `first` and on of a tensor that is updated, or any part of another."""
-
-    before: TensorInfo
-    after: TensorInfo
-    offset: int
+    path: str
     size: int
-    first: int
-    columns: int
-    update: Update | None
+    descriptor: int
+    digest: "hashlib._Hash"
+    hashed: int = 0
+    sums: dict[str, Sums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Output bytes of one piece, and what it adds to the sums of its tensor."""
+class _Written:
+    """The next `size` bytes of a file are in it; `data` are they, if they were at hand."""
 
-    name: str
-    data: Array
-    weight: float = 0.0
-    delta: float = 0.0
-    lost: float = 0.0
-
-
-class _Merger:
-    """Computes the bytes of shards in order; two threads work a few blocks ahead of whoever writes them."""
-
-    def __init__(self, base_dir: Path, adapter_dir: Path, plan: MergePlan) -> None:
-        self._base_dir = base_dir
-        self._plan = plan
-        self._weights = ByteReader(adapter_dir / WEIGHTS_FILE)
-        self._adapter = AdapterReader(plan.adapter_header, self._weights.read)
-        self._pool = ThreadPoolExecutor(_THREADS, "merge")
-        self._local = threading.local()
-        self._sums: dict[str, _Sums] = {}
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._weights.close()
-
-    def tensor_reports(self) -> list[TensorReport]:
-        return [
-            TensorReport(name, _ratio(sums.delta, sums.weight), _ratio(sums.lost, sums.delta))
-            for name, sums in self._sums.items()
-        ]
-
-    def blocks(self, shard: str, header: Header) -> Iterator[Array]:
-        """The data of one output shard, laid out as `header` says."""
-        waiting: deque[Future[_Block]] = deque()
-        with ByteReader(self._base_dir / shard) as source:
-            for piece in self._pieces(self._plan.index.headers[shard], header):
-                waiting.append(self._pool.submit(self._compute, source, piece))
-                if len(waiting) > _BLOCKS_IN_FLIGHT:
-                    yield self._finish(waiting.popleft())
-            while waiting:
-                yield self._finish(waiting.popleft())
-
-    def _finish(self, future: Future[_Block]) -> Array:
-        block = future.result()
-        if sums := self._sums.get(block.name):
-            sums.weight += block.weight
-            sums.delta += block.delta
-            sums.lost += block.lost
-        return block.data
-
-    def _pieces(self, old: Header, new: Header) -> Iterator[_Piece]:
-        sources = {tensor.name: tensor for tensor in old.tensors}
-        for after in new.tensors:
-            before = sources[after.name]
-            recipe = self._plan.recipe.tensors.get(after.name)
-            update = load_update(recipe, self._adapter) if recipe else None
-            if update:
-                self._sums[after.name] = _Sums()
-            columns = recipe.columns if recipe else 1
-            rows = min(max(BLOCK_ITEMS // columns, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS) if recipe else BLOCK_ITEMS
-            step = rows * columns * ITEM_BYTES[before.dtype]
-            for number, begin in enumerate(range(before.begin, before.end, step)):
-                size = min(step, before.end - begin)
-                yield _Piece(before, after, old.data_start + begin, size, number * rows, columns, update)
-
-    def _compute(self, source: ByteReader, piece: _Piece) -> _Block:
-        raw = source.read(piece.offset, piece.size)
-        if piece.update is None and piece.before.dtype == piece.after.dtype:
-            return _Block(piece.after.name, raw)
-        items = piece.size // ITEM_BYTES[piece.before.dtype]
-        scratch = self._scratch(items)
-        values = scratch.widen(raw, piece.before.dtype, scratch.values)
-        weight = delta = 0.0
-        if piece.update:
-            weight = square_sum(values)
-            change = scratch.product[:items]
-            np.negative(values, out=change)
-            piece.update.apply(values.reshape(-1, piece.columns), piece.first)
-            change += values
-            delta = square_sum(change)
-        data = scratch.narrow(values, piece.after.dtype)
-        lost = scratch.rounding_loss(values, data, piece.after.dtype)
-        if not math.isfinite(lost):
-            name, dtype = piece.after.name, piece.after.dtype
-            raise NonFinite(f"{name} would hold NaN, infinity or a number too large for {dtype}", tensor=name)
-        return _Block(piece.after.name, data, weight, delta, lost)
-
-    def _scratch(self, items: int) -> Scratch:
-        found: Scratch | None = getattr(self._local, "scratch", None)
-        if found is None or found.values.size < items:
-            found = self._local.scratch = Scratch(items)
-        return found
+    size: int
+    data: memoryview | None
+    name: str | None = None
+    sums: Sums | None = None
 
 
-def _check_supported(plan: MergePlan) -> None:
-    """Outputs are still laid out as the base is: no tensor more, none of another shape."""
-    if "tie_word_embeddings" in plan.recipe.config_changes:
-        raise KeyMismatch("the base ties its input and output layer, and the adapter makes them differ: unsupported")
-    for name, tensor in plan.recipe.tensors.items():
-        if tensor.base != name or tensor.magnitude_of_columns:
-            raise KeyMismatch(f"{name} would be more than changed in place: unsupported")
+Task = Callable[[], _Written]
 
 
-def _layouts(base_dir: Path, plan: MergePlan, target: str | None) -> dict[str, Layout]:
-    return {shard: _layout(base_dir / shard, header, target) for shard, header in plan.index.headers.items()}
+class _Run:
+    """Writes files in order; the first blocks of the next file are computed while the last of one are hashed."""
+
+    def __init__(self, merged: MergedCheckpoint, base: LocalFiles, stage: Stage, on_progress: Progress | None) -> None:
+        self._merged, self._base, self._stage, self._on_progress = merged, base, stage, on_progress
+        self._total = sum(file.size for file in merged.files.values())
+        self._done = 0
+        self._buffer = bytearray(_HASH_BYTES)
+        self._open: list[_Open] = []
+        self._waiting: deque[tuple[_Open, Future[_Written]]] = deque()
+        self.files: list[FileReport] = []
+        self.sums: dict[str, Sums] = {}
+
+    def write_all(self) -> None:
+        pool = ThreadPoolExecutor(_THREADS, "merge")
+        try:
+            for path, file in self._merged.files.items():
+                if (record := self._stage.finished(path, file.size)) is not None:
+                    self._drain(0)
+                    self._add(FileReport(path, file.size, record["sha256"]), record["sums"])
+                    self._advance(file.size)
+                else:
+                    self._submit(pool, path, file)
+            self._drain(0)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for opened in self._open:
+                os.close(opened.descriptor)
+
+    def _submit(self, pool: ThreadPoolExecutor, path: str, file: OutputFile) -> None:
+        descriptor = os.open(self._stage.files / path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        opened = _Open(path, file.size, descriptor, hashlib.sha256())
+        self._open.append(opened)
+        _allocate(descriptor, file.size)
+        for task in self._tasks(file, descriptor):
+            self._waiting.append((opened, pool.submit(task)))
+            self._drain(_TASKS_IN_FLIGHT)
+        if not file.size:
+            self._close(opened)
+
+    def _tasks(self, file: OutputFile, descriptor: int) -> Iterator[Task]:
+        for piece in file.pieces:
+            if isinstance(piece, Computed):
+                for number in blocks(piece, piece.begin, piece.end):
+                    yield partial(self._compute, piece, number, descriptor)
+            elif isinstance(piece, Copied):
+                for begin in range(piece.begin, piece.end, _COPY_BYTES):
+                    yield partial(self._copy, piece, begin, min(_COPY_BYTES, piece.end - begin), descriptor)
+            else:
+                yield partial(_write, piece.data, piece.begin, descriptor)
+
+    def _compute(self, piece: Computed, number: int, descriptor: int) -> _Written:
+        block = self._merged.compute(piece, number, statistics=True)
+        write_at(descriptor, block.data.data, block.begin)
+        return _Written(
+            block.data.size, block.data.data, piece.output.name if piece.output.updated else None, block.sums
+        )
+
+    def _copy(self, piece: Copied, begin: int, size: int, descriptor: int) -> _Written:
+        self._base.copy(piece.path, piece.offset + begin - piece.begin, size, descriptor, begin)
+        return _Written(size, None)
+
+    def _drain(self, left: int) -> None:
+        """Hash what was written, in order, until no more than `left` tasks are waited for."""
+        while len(self._waiting) > left:
+            opened, future = self._waiting.popleft()
+            written = future.result()
+            if written.data is None:
+                self._hash_back(opened, written.size)
+            else:
+                opened.digest.update(written.data)
+            if written.name is not None and written.sums is not None:
+                opened.sums.setdefault(written.name, Sums()).add(written.sums)
+            opened.hashed += written.size
+            if opened.hashed == opened.size:
+                self._close(opened)
+            self._advance(written.size)
+
+    def _hash_back(self, opened: _Open, size: int) -> None:
+        """The bytes went from file to file without passing here."""
+        begin, end = opened.hashed, opened.hashed + size
+        while begin < end:
+            count = os.preadv(opened.descriptor, [memoryview(self._buffer)[: end - begin]], begin)
+            opened.digest.update(memoryview(self._buffer)[:count])
+            begin += count
+
+    def _close(self, opened: _Open) -> None:
+        os.close(opened.descriptor)
+        self._open.remove(opened)
+        sums = {name: asdict(value) for name, value in opened.sums.items()}
+        report = FileReport(opened.path, opened.size, opened.digest.hexdigest())
+        self._stage.finish(opened.path, report.sha256, {"sums": sums})
+        self._add(report, sums)
+
+    def _add(self, report: FileReport, sums: Mapping[str, Mapping[str, Any]]) -> None:
+        self.files.append(report)
+        self.sums |= {name: Sums(**value) for name, value in sums.items()}
+
+    def _advance(self, size: int) -> None:
+        self._done += size
+        if self._on_progress:
+            self._on_progress(self._done, self._total)
 
 
-def _layout(path: Path, header: Header, target: str | None) -> Layout:
-    """Header bytes of an output shard and where its tensors go; the base's own bytes when no dtype changes."""
-    dtypes = {t.name: target if target and t.dtype in FLOATS else t.dtype for t in header.tensors}
-    if all(tensor.dtype == dtypes[tensor.name] for tensor in header.tensors):
-        with ByteReader(path) as reader:
-            return reader.read(0, header.data_start).tobytes(), header
-    return encode_header([(t.name, dtypes[t.name], t.shape) for t in header.tensors], header.metadata)
+def _allocate(descriptor: int, size: int) -> None:
+    """Blocks reserved at once are a third cheaper to write than blocks found one by one."""
+    os.ftruncate(descriptor, size)
+    if size and sys.platform == "linux":
+        with suppress(OSError):  # a file system that cannot
+            os.posix_fallocate(descriptor, 0, size)
 
 
-def _write_companions(
-    base_dir: Path, stage: Path, plan: MergePlan, layouts: Mapping[str, Layout], dtype: Dtype | None
-) -> list[FileReport]:
-    """config.json with its new dtype, the index with its new size, and the other files as they are."""
-    config = (base_dir / "config.json").read_bytes()
-    if dtype:
-        document = json.loads(config)
-        document.pop("torch_dtype", None)  # the field's name before transformers 5
-        config = _json(document | {"dtype": dtype})
-    written = [_write(stage / "config.json", config)]
-    if plan.index.sharded:
-        tensors = [(tensor, shard) for shard, (_, header) in layouts.items() for tensor in header.tensors]
-        total = sum(tensor.end - tensor.begin for tensor, _ in tensors)
-        weight_map = {tensor.name: shard for tensor, shard in tensors}
-        index = _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-        written.append(_write(stage / INDEX_FILE, index))
-    for name in COMPANION_FILES:
-        if (base_dir / name).is_file():
-            with (base_dir / name).open("rb") as source, HashingWriter(stage / name) as writer:
-                shutil.copyfileobj(source, writer, 2**20)
-            written.append(FileReport(name, writer.size, writer.sha256))
-    return written
+def _write(data: bytes, begin: int, descriptor: int) -> _Written:
+    write_at(descriptor, memoryview(data), begin)
+    return _Written(len(data), memoryview(data))
 
 
-def _write(path: Path, data: bytes) -> FileReport:
-    with HashingWriter(path) as writer:
-        writer.write(data)
-    return FileReport(path.name, writer.size, writer.sha256)
+def _key(*parts: object) -> str:
+    """Of everything the output depends on; of files that are there, only by their size and time."""
+    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()
 
 
-def _json(document: object) -> bytes:
-    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+def _check_digests(files: list[FileReport], expected: Mapping[str, str]) -> None:
+    found = {file.path: file.sha256 for file in files}
+    if wrong := sorted(path for path, digest in expected.items() if found.get(path) != digest):
+        raise DigestMismatch(f"{wrong[0]} is not what it should be: base or adapter differ", paths=wrong)
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def _tensor_report(name: str, sums: Sums) -> TensorReport:
+    realised = sums.delta + 2 * sums.cross + sums.lost
+    return TensorReport(
+        name,
+        relative_delta=_root(sums.delta, sums.weight),
+        rounding_loss=_root(sums.lost, sums.delta),
+        cosine=(sums.delta + sums.cross) / math.sqrt(sums.delta * realised) if sums.delta * realised > 0 else 0.0,
+        changed_share=sums.changed / sums.items,
+    )
+
+
+def _root(numerator: float, denominator: float) -> float:
     return math.sqrt(numerator / denominator) if denominator else 0.0

@@ -4,9 +4,10 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -104,13 +105,30 @@ class ByteReader:
     def read(self, offset: int, size: int) -> np.ndarray[Any, Any]:
         """`size` bytes from `offset`, as a fresh uint8 array. A file that became shorter is an OSError."""
         buffer = np.empty(size, np.uint8)
+        self.read_into(offset, buffer)
+        return buffer
+
+    def read_into(self, offset: int, buffer: np.ndarray[Any, Any]) -> None:
+        """Fill the uint8 array with the bytes from `offset` on."""
         view = buffer.data
         while view:
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:
                 raise OSError(f"{self._path.name} became shorter while it was read")
             view, offset = view[count:], offset + count
-        return buffer
+
+    def copy(self, offset: int, size: int, descriptor: int, target: int) -> None:
+        """`size` bytes from `offset` to byte `target` of another open file, inside the kernel where it can do that."""
+        while size:
+            count = self._copy_some(offset, size, descriptor, target)
+            offset, target, size = offset + count, target + count, size - count
+
+    def _copy_some(self, offset: int, size: int, descriptor: int, target: int) -> int:
+        if sys.platform == "linux":
+            with suppress(OSError):  # not between every two file systems
+                if count := os.copy_file_range(self._descriptor, descriptor, size, offset, target):
+                    return count
+        return os.pwrite(descriptor, self.read(offset, min(size, 2**20)).data, target)
 
     def close(self) -> None:
         os.close(self._descriptor)

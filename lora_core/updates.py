@@ -1,5 +1,6 @@
 """The arithmetic of a recipe: what is done to the rows of one tensor, in float64, block by block."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +15,8 @@ from lora_core.recipe import LowRank, TensorRecipe
 
 # Products of at most so many multiplications stay on the calling thread in OpenBLAS. Its threads beside ours, on
 # the same cores, wait for each other: a merge took 50 times as long.
-_TILE_MULTIPLICATIONS = 2**18
+# Where OpenBLAS is told to keep to one thread, whole blocks are quicker.
+_TILE_MULTIPLICATIONS = 2**60 if os.environ.get("OPENBLAS_NUM_THREADS") == "1" else 2**18
 _PREPARED_ROWS = 256
 _RECENT = 3
 
