@@ -144,6 +144,12 @@ class InvalidValue(Invalid):
     code = "invalid_value"
 
 
+class InvalidPatch(Invalid):
+    """The patch does not fit the job's request."""
+
+    code = "invalid_patch"
+
+
 class InvalidLimit(Invalid):
     """`limit` is out of range."""
 

@@ -86,6 +86,11 @@ class Client:
     def cancel(self, job_id: str) -> Job:
         return cast(Job, self._call("POST", f"/v1/fine_tuning/jobs/{_part(job_id)}/cancel"))
 
+    def retry(self, job_id: str, *, patch: Any, idempotency_key: str) -> Job:
+        """Queues an ended job again; `patch` is "suggested", a JSON Patch, or None."""
+        path, headers = f"/v1/fine_tuning/jobs/{_part(job_id)}/retry", {"Idempotency-Key": idempotency_key}
+        return cast(Job, self._call("POST", path, json={"patch": patch}, headers=headers))
+
     def queue(self, job_id: str) -> QueueInfo:
         return cast(QueueInfo, self._call("GET", f"/v1/fine_tuning/jobs/{_part(job_id)}/queue"))
 

@@ -107,6 +107,8 @@ def one(job_id: JobId, as_json: AsJson = False) -> None:
     told += [("created", moment(job["created_at"])), ("finished", moment(job["finished_at"]))]
     if job["error"]:
         told.append(("error", f"{job['error']['message']} ({job['error']['code']})"))
+        if patch := job["error"].get("suggested_patch"):
+            told.append(("suggested", f"{json.dumps(patch)}; use it: lora-depot jobs retry {job['id']} --suggested"))
     facts(told)
 
 
@@ -137,6 +139,20 @@ def queue_command(job_id: JobId) -> None:
             ("starts in", f"about {estimate} s" if estimate is not None else None),
         ]
     )
+
+
+@app.command("retry")
+def retry(
+    job_id: JobId,
+    suggested: Annotated[bool, typer.Option("--suggested", help="Apply the patch that the failure suggests.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+) -> None:
+    """Queue an ended job again, as it was or with the patch that its failure suggests."""
+    with connected() as client:
+        job = client.retry(job_id, patch="suggested" if suggested else None, idempotency_key=str(uuid.uuid4()))
+        say(f"{job['id']} is queued; it repeats {job_id}.")
+        if watch:
+            _watch(client, job["id"])
 
 
 @app.command("pause")

@@ -1,6 +1,6 @@
 """What the API answers, as far as the commands read it; `--json` prints the server's own words."""
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class StoredFile(TypedDict):
@@ -36,6 +36,7 @@ class BaseModelInfo(TypedDict):
 class Failure(TypedDict):
     code: str
     message: str
+    suggested_patch: NotRequired[list[dict[str, Any]] | None]
 
 
 class Job(TypedDict):

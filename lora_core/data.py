@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, NothingToLearn
 from lora_core.floats import Array
 from lora_core.rows import Row, kind_of
 
@@ -47,7 +47,7 @@ class Dataset:
 
 
 def tokenize_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> Dataset:
-    """Every row as an Example of at most `max_length` tokens. DatasetError if none has anything to learn."""
+    """Every row as an Example of at most `max_length` tokens. NothingToLearn if none has a trained token."""
     examples: list[Example] = []
     truncated = skipped = 0
     for row in rows:
@@ -58,7 +58,7 @@ def tokenize_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> Datas
         else:
             skipped += 1
     if not examples:
-        raise DatasetError(
+        raise NothingToLearn(
             f"no row has anything to learn within {max_length} tokens; shorten prompts or raise the limit"
         )
     return Dataset(examples, truncated, skipped)

@@ -167,6 +167,12 @@ class UnknownQueue(Invalid):
     code = "unknown_queue"
 
 
+class NoSuggestion(Invalid):
+    """There is no suggested patch for this job: no rule knows a setting that would help. Send a patch of your own."""
+
+    code = "no_suggestion"
+
+
 class InvalidHyperparameter(Invalid):
     """A hyper-parameter is out of range."""
 
@@ -264,6 +270,12 @@ class JobCancelling(Conflict):
     """The job is being cancelled; it can neither be paused nor resumed."""
 
     code = "job_cancelling"
+
+
+class JobNotEnded(Conflict):
+    """The job has not ended yet. Wait for it, or cancel it first."""
+
+    code = "job_not_ended"
 
 
 class NameTaken(Conflict):

@@ -25,6 +25,7 @@ USER_CODES = frozenset(
         "invalid_training_file",
         "key_mismatch",
         "no_gradient",
+        "no_trainable_tokens",
         "non_finite",
         "shape_mismatch",
         "unknown_target_modules",

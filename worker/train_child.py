@@ -62,7 +62,7 @@ def tokenize(tokenizer: Any, path: Path, max_length: int, what: str, reporter: R
         with path.open("rb") as lines:
             dataset = tokenize_rows(tokenizer, read_rows(lines), max_length)
     except DatasetError as error:
-        raise DatasetError(f"The {what} file cannot be used: {error.message}", **error.details) from error
+        raise type(error)(f"The {what} file cannot be used: {error.message}", **error.details) from error
     told = f"{len(dataset.examples)} {what} rows"
     if dataset.truncated:
         told += f"; {dataset.truncated} were cut to {max_length} tokens"

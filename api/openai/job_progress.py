@@ -6,8 +6,9 @@ from typing import Annotated
 from fastapi import Query
 
 from api.context import DepotDep, PrincipalDep, SessionDep
+from api.openai.job_out import state_of
 from api.openai.job_schemas import AttemptError, AttemptObject, QueueObject
-from api.openai.jobs import parse_job_id, state_of
+from api.openai.jobs import parse_job_id
 from api.routing import Permission, Router
 from api.schemas import Listing, listing, unix, unix_or_none
 from registry import errors

@@ -2,11 +2,11 @@
 
 import re
 import secrets
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from api.json_patch import Operation
 from api.schemas import Body
 from api.validation import wanted
 from registry.errors import AdapterNameMissing, InvalidHyperparameter
@@ -75,6 +75,12 @@ class DepotIn(Body):
     )
 
 
+class RetryIn(Body):
+    """What to change; an absent or null `patch` repeats the request as it was."""
+
+    patch: Literal["suggested"] | Annotated[list[Operation], Field(min_length=1, max_length=50)] | None = None
+
+
 class JobCreate(Body):
     """OpenAI's request; `lora` and `depot` are this service's own. Unknown fields are refused, at every depth."""
 
@@ -136,14 +142,6 @@ class JobCreate(Body):
 
 
 LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-
-
-def multiplier_asked(request: Mapping[str, Any]) -> float:
-    """The learning-rate multiplier of a stored request: the one setting that a spec only holds multiplied."""
-    supervised = (request.get("method") or {}).get("supervised") or {}
-    numbers = supervised.get("hyperparameters") or request.get("hyperparameters") or {}
-    value = numbers.get("learning_rate_multiplier")
-    return 1.0 if value in (None, "auto") else float(value)
 
 
 def _out_of_range(error: ValidationError, hyperparameters: str) -> InvalidHyperparameter:

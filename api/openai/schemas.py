@@ -49,6 +49,7 @@ JOB = {
     "lora": {"r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False},
     "progress": {"step": 45, "steps": 45},
     "attempt": 1,
+    "retry_of": None,
     "depot": {"queue": "default", "priority": 100, "deadline_seconds": 604800, "deadline_at": None},
 }
 EVENT = {
@@ -107,9 +108,13 @@ class Method(BaseModel):
 
 
 class JobError(BaseModel):
+    """Why the job failed. `suggested_patch` is a JSON Patch on its request, where a rule knows what may help; send it
+    with `POST /v1/fine_tuning/jobs/{id}/retry`."""
+
     code: str
     message: str
     param: str | None = None
+    suggested_patch: list[dict[str, Any]] | None = None
 
 
 class Scheduling(BaseModel):
@@ -152,6 +157,7 @@ class JobObject(BaseModel):
     lora: dict[str, Any]
     progress: dict[str, Any] | None
     attempt: int
+    retry_of: str | None
     depot: Scheduling
 
 

@@ -12,11 +12,13 @@ from registry.models import Adapter, BaseModel, Job, Version
 
 @dataclass(frozen=True, slots=True)
 class JobNames:
-    """A job's base model and adapter by name, and the number of the version it published, if it did."""
+    """A job's base model and adapter by name, the number of the version it published, if it did, and how many tokens
+    the base model can read, if it says so."""
 
     base_model: str
     adapter: str
     version: int | None
+    context_length: int | None
 
     @property
     def ref(self) -> str | None:
@@ -27,11 +29,11 @@ class JobNames:
 def job_names(session: Session, jobs: Sequence[Job]) -> dict[uuid.UUID, JobNames]:
     """The names of each of these jobs, by job id."""
     query = (
-        select(Job.id, BaseModel.name, Adapter.name, Version.version)
+        select(Job.id, BaseModel.name, Adapter.name, Version.version, BaseModel.facts["context_length"].as_integer())
         .join(BaseModel, Job.base_model_id == BaseModel.id)
         .join(Adapter, Job.adapter_id == Adapter.id)
         .outerjoin(Version, Version.job_id == Job.id)
         .where(Job.id.in_([job.id for job in jobs]))
     )
     rows = session.execute(query)
-    return {job_id: JobNames(base, adapter, version) for job_id, base, adapter, version in rows}
+    return {job_id: JobNames(*names) for job_id, *names in rows}

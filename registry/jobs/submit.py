@@ -42,8 +42,10 @@ def submit_training(
     request: dict[str, Any],
     idempotency: Idempotency | None,
     placement: Placement = DEFAULT_PLACEMENT,
+    retry_of: uuid.UUID | None = None,
 ) -> Submitted:
-    """Queues a training job that publishes to `adapter_name`; its files cannot be deleted until it ends.
+    """Queues a training job that publishes to `adapter_name`; its files cannot be deleted until it ends. `retry_of` is
+    the tenant's own job that this one repeats.
 
     Raises UnknownTargetModules, InvalidHyperparameter, UnknownTrainingFile, UnknownQueue, QuotaExceeded,
     IdempotencyKeyReused,
@@ -74,6 +76,7 @@ def submit_training(
         queue=placement.queue,
         priority=placement.priority,
         deadline_seconds=placement.deadline_seconds,
+        retry_of=retry_of,
     )
     return Submitted(_enqueue(session, job), replayed=False)
 

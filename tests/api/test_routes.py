@@ -66,6 +66,7 @@ POST /v1/fine_tuning/jobs jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/cancel jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/pause jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/resume jobs:write
+POST /v1/fine_tuning/jobs/{job_id}/retry jobs:write
 PUT /v1/adapters/{name}/aliases/{alias} adapters:write
 """
 

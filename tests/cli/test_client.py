@@ -262,6 +262,16 @@ def test_a_waiting_job_says_why(depot: Depot, run: Run, rows: str) -> None:
     assert "No worker has served the queue" in said and re.search(r"priority\s+7", said)
 
 
+def test_an_ended_job_is_queued_again(depot: Depot, run: Run, rows: str) -> None:
+    job_id = submit(run, rows)
+    assert "not ended" in run("jobs", "retry", job_id, status=1).output
+    depot.fail(job_id, depot.claim(job_id), "The rows are empty.")
+    assert "no rule knows" in run("jobs", "retry", job_id, "--suggested", status=1).output.replace("\n", " ")
+    said = run("jobs", "retry", job_id).output
+    assert f"repeats {job_id}" in said.replace("\n", " ")
+    assert len(json.loads(run("jobs", "list", "--json").output)) == 2
+
+
 def test_a_job_is_paused_and_resumed(depot: Depot, run: Run, rows: str) -> None:
     job_id = submit(run, rows)
     assert "is paused" in run("jobs", "pause", job_id).stdout

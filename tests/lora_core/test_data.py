@@ -2,7 +2,7 @@ import pytest
 
 from lora_core.batching import epoch_steps, micro_batches
 from lora_core.data import IGNORED, tokenize_row, tokenize_rows
-from lora_core.errors import DatasetError
+from lora_core.errors import DatasetError, NothingToLearn
 from tests.tiny import CHAT_TEMPLATE, make_rows, make_tokenizer
 
 CHAT = {
@@ -82,7 +82,7 @@ def test_long_rows_are_cut_and_rows_without_labels_skipped(tokenizer):
 
 
 def test_nothing_to_learn_at_all_is_a_dataset_error(tokenizer):
-    with pytest.raises(DatasetError, match="8 tokens"):
+    with pytest.raises(NothingToLearn, match="8 tokens"):
         tokenize_rows(tokenizer, [{"prompt": "x" * 300, "completion": "y"}], 8)
 
 

@@ -80,7 +80,7 @@ def test_rows_that_teach_nothing_are_the_users_to_fix(task: TrainTask, tmp_path:
     with pytest.raises(DatasetError) as caught:
         train_adapter(task, tmp_path, reporter)
     told = explain(caught.value)
-    assert (told.error_class, told.code) == ("user", "invalid_training_file")
+    assert (told.error_class, told.code) == ("user", "no_trainable_tokens")
     assert "training file" in told.message
     assert "within 64 tokens" in told.message
 
