@@ -47,8 +47,9 @@ def make_recipe(
 ) -> Recipe:
     """The recipe of a merge, from the base's tensors and config.json and the adapter's header and configuration.
 
-    Every tensor of the adapter is used. Without a `keymap` one is inferred from names. Where input and output layer
-    are tied and the adapter makes them differ, the recipe writes both and says so in `config_changes`.
+    Every tensor of the adapter is used, but for empty ones of modules that AdaLoRA pruned away. Without a `keymap`
+    one is inferred from names. Where input and output layer are tied and the adapter makes them differ, the recipe
+    writes both and says so in `config_changes`.
     """
     modules = adapted_modules(adapter)
     needed = needed_parameters(modules, config)
@@ -65,6 +66,9 @@ def make_recipe(
             recipes[place.tensor] = _joined(before, recipe) if before else recipe
     config_changes = _untied(base_config) if untied else {}
     config_changes |= _vocabulary(recipes, tensors)
+    used = set().union(*(recipe.adapter_tensors() for recipe in recipes.values()))
+    if unused := [tensor.name for tensor in adapter.tensors if tensor.name not in used and 0 not in tensor.shape]:
+        raise KeyMismatch(f"{unused[0]} would be used nowhere", missing=unused)
     kept = {name: recipe for name, recipe in sorted(recipes.items()) if not recipe.is_copy or recipe.base != name}
     return Recipe(kept, config_changes)
 
