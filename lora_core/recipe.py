@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from typing import Any, Self
 
 from lora_core import strict_json
 from lora_core.errors import BadRecipe
+from lora_core.floats import FLOATS
 
 FORMAT = 1
 
@@ -104,12 +106,37 @@ def _without_defaults(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensor(value: dict[str, Any]) -> TensorRecipe:
-    terms = tuple(LowRank(**_tuples(term)) for term in value.pop("terms", ()))
+    value = dict(value)
+    terms = tuple(_term(term) for term in value.pop("terms", ()))
     tensor = TensorRecipe(**_tuples({"base": None} | value), terms=terms)
-    numbers = (*tensor.shape, tensor.columns, *tensor.row_indices)
-    if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(tensor.dtype, str):
-        raise BadRecipe("a tensor of the recipe has no proper shape")
+    names = (tensor.base, tensor.replaced_by, tensor.new_rows, tensor.magnitude)
+    _expect(all(name is None or isinstance(name, str) for name in names))
+    _expect((tensor.base is None) == (tensor.replaced_by is not None))
+    _expect(tensor.dtype in FLOATS and isinstance(tensor.magnitude_of_columns, bool))
+    _expect(_naturals(tensor.shape) and type(tensor.columns) is int and tensor.columns > 0)
+    rows, rest = divmod(prod(tensor.shape), tensor.columns)
+    _expect(rest == 0 and _naturals(tensor.row_indices) and all(row < rows for row in tensor.row_indices))
+    _expect(bool(tensor.row_indices) == (tensor.new_rows is not None))
     return tensor
+
+
+def _term(value: dict[str, Any]) -> LowRank:
+    term = LowRank(**_tuples(value))
+    _expect(all(name is None or isinstance(name, str) for name in (term.lora_A, term.lora_E)))
+    _expect(isinstance(term.lora_B, str) and isinstance(term.transposed, bool))
+    _expect(type(term.scaling) in (int, float) and _naturals((term.first,)))
+    for pair in (term.expert, term.rows):
+        _expect(pair is None or (_naturals(pair) and len(pair) == 2 and pair[0] < pair[1]))
+    return term
+
+
+def _expect(condition: bool) -> None:  # noqa: FBT001  reads as a sentence
+    if not condition:
+        raise BadRecipe("a tensor of the recipe has a field of the wrong kind")
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _tuples(value: dict[str, Any]) -> dict[str, Any]:
