@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from lora_core.merge import MergeReport, merge
+from lora_core.recipe import Recipe
 from worker.protocol import ResultMessage, StepMessage
 from worker.reporter import Reporter
 from worker.task import OUT, MergeTask
@@ -24,7 +25,10 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
             reporter.step(StepMessage(step=done, total_steps=total))
 
     dtype = None if task.dtype == "base" else task.dtype
-    report = merge(task.base_dir, task.adapter_dir, workspace / OUT, dtype=dtype, on_progress=on_progress)
+    recipe = Recipe.from_json(task.recipe_file.read_bytes()) if task.recipe_file else None
+    report = merge(
+        task.base_dir, task.adapter_dir, workspace / OUT, recipe=recipe, dtype=dtype, on_progress=on_progress
+    )
     return ResultMessage(metrics=summarize(report))
 
 

@@ -14,6 +14,7 @@ from worker.errors import JobFailed
 from worker.heart import Heart
 from worker.host import Host
 from worker.inputs import fetch_base, fetch_file, read_inputs
+from worker.merge_recipe import RECIPE_FILE
 from worker.protocol import ResultMessage
 from worker.publish import OutputFile, conclude, describe, store_outputs
 from worker.run_task import run_task
@@ -29,7 +30,11 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     adapter_dir.mkdir()
     for file in inputs.adapter:
         fetch_file(host, attempt, file, adapter_dir / file.path)
-    task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, dtype=inputs.spec.dtype)
+    recipe_file = None
+    if inputs.recipe is not None:
+        recipe_file = workspace / RECIPE_FILE
+        recipe_file.write_text(inputs.recipe)
+    task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, dtype=inputs.spec.dtype)
     result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest)
     _publish(host, attempt, heart, inputs, out=workspace / OUT, result=result)
 

@@ -19,6 +19,7 @@ from worker.attempt import Attempt
 from worker.errors import JobFailed
 from worker.heart import Heart
 from worker.host import Host
+from worker.merge_recipe import digest_text, read_recipe
 from worker.outages import persist
 from worker.protocol import ResultMessage
 
@@ -43,8 +44,9 @@ def publish_adapter(
     attempt.news.phase("publishing")
     files = [describe(out, name) for name in ADAPTER_FILES]
     check_trained(out, inputs)
+    recipe = read_recipe(out)
     blobs = store_outputs(host, attempt, out, files)
-    manifest = make_manifest(inputs, files, result)
+    manifest = make_manifest(inputs, files, result) | {"merge_recipe": recipe and {"sha256": digest_text(recipe)}}
 
     def publish() -> None:
         with transaction(host.sessions) as session:
@@ -56,6 +58,7 @@ def publish_adapter(
                 manifest=manifest,
                 metrics=dict(result.metrics),
                 trained_tokens=result.trained_tokens,
+                merge_recipe=recipe,
             )
 
     conclude(attempt, heart, publish)

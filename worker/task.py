@@ -34,6 +34,7 @@ class MergeTask(BaseModel):
     kind: Literal["merge"] = "merge"
     base_dir: Path
     adapter_dir: Path
+    recipe_file: Path | None = None
     dtype: MergeDtype
 
 

@@ -18,6 +18,7 @@ from lora_core.rows import read_rows
 from lora_core.train import StepReport, TrainConfig, TrainResult, train
 from registry.jobs.spec import TrainSpec
 from worker.protocol import ResultMessage, StepMessage
+from worker.recipe_child import write_recipe
 from worker.reporter import Reporter
 from worker.task import OUT, TrainTask
 
@@ -48,6 +49,8 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter) -> Resul
     require_change(model)
     reporter.phase("saving")
     save_adapter(model, config, workspace / OUT)
+    if not write_recipe(task.base_dir, workspace / OUT):
+        reporter.note("This adapter cannot be merged into its base; the worker's log says why.")
     return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
 
 

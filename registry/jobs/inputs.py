@@ -45,6 +45,7 @@ class MergeInputs:
     base: BaseInput
     ref: str  # name@7
     adapter: tuple[StoredFile, ...]
+    recipe: str | None  # lora_core.recipe as JSON
     spec: MergeSpec
 
 
@@ -70,6 +71,7 @@ def merge_inputs(session: Session, job: Job) -> MergeInputs:
         base=_base(session, job.base_model_id),
         ref=f"{version.adapter.name}@{version.version}",
         adapter=tuple(_stored(file.path, file.blob) for file in files),
+        recipe=version.merge_recipe,
         spec=spec,
     )
 

@@ -38,6 +38,7 @@ def publish_version(
     manifest: dict[str, Any],
     metrics: dict[str, Any] | None,
     trained_tokens: int | None,
+    merge_recipe: str | None = None,
 ) -> Published:
     """Makes the adapter's next version of these blobs and ends the job; all of it or nothing.
 
@@ -56,6 +57,7 @@ def publish_version(
         manifest=manifest,
         digest=manifest_digest(manifest),
         metrics=metrics,
+        merge_recipe=merge_recipe,
     )
     session.add(version)
     session.flush()

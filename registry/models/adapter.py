@@ -55,6 +55,10 @@ class Version(Base):
     )
     digest: Mapped[str] = mapped_column(comment="SHA-256 of the canonical manifest")
     metrics: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    # Megabytes for a base with many experts: read only where a merge is made.
+    merge_recipe: Mapped[str | None] = mapped_column(
+        deferred=True, comment="lora_core.recipe as JSON; null: made from headers when needed"
+    )
     created_at: Mapped[Created]
     deleted_at: Mapped[Moment | None]
 

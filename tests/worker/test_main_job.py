@@ -1,5 +1,6 @@
 """The real trainer and the real merge under the real worker: what comes out, others can load."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from peft import PeftModel
 from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
+from lora_core.recipe import Recipe
 from registry.db import transaction
 from registry.merges import request_merge
 from registry.models import Merge, MergeFile, Version, VersionFile
@@ -38,7 +40,11 @@ def test_a_job_becomes_an_adapter_and_a_merge_that_others_load(
     with transaction(depot.sessions) as session:
         version = session.scalars(select(Version)).one()
         files = list(session.scalars(select(VersionFile)))
+        recipe = version.merge_recipe
         merge, _ = request_merge(session, version=version, dtype="base")
+    assert recipe is not None
+    assert version.manifest["merge_recipe"] == {"sha256": hashlib.sha256(recipe.encode()).hexdigest()}
+    assert len(Recipe.from_json(recipe.encode()).tensors) == 4
     check_records(depot, version, files)
 
     base = AutoModelForCausalLM.from_pretrained(base_dir)
