@@ -15,7 +15,7 @@ import numpy as np
 from lora_core.errors import BadAdapter, NonFinite
 from lora_core.floats import Array, Scratch, Sums, widen
 from lora_core.gate import WEIGHTS_FILE
-from lora_core.header import ADAPTER_HEADER_BYTES, ITEM_BYTES, TensorInfo
+from lora_core.header import ADAPTER_HEADER_BYTES, ITEM_BYTES
 from lora_core.layout import Computed, Copied, Literal, Output, OutputFile, lay_out
 from lora_core.recipe import Recipe, TensorRecipe
 from lora_core.sources import ByteSource, read, read_header
@@ -135,14 +135,15 @@ class _Updates:
         with lazy.lock:
             if lazy.update is None:
                 lazy.update = load_update(recipe, self._adapter)
-                if output.source is not None:
-                    lazy.update.prepare(partial(self._rows, output, output.source))
+                lazy.update.prepare(partial(self._rows, output))
             return lazy.update
 
-    def _rows(self, output: Output, source: TensorInfo, begin: int, end: int) -> Array:
-        size = (end - begin) * output.columns * ITEM_BYTES[source.dtype]
+    def _rows(self, output: Output, begin: int, end: int) -> Array:
+        if output.source is None:
+            return np.empty((end - begin, output.columns))
+        size = (end - begin) * output.columns * ITEM_BYTES[output.source.dtype]
         raw = read(self._base, output.shard, output.row_offset(begin), size)
-        return widen(raw, source.dtype).reshape(end - begin, output.columns)
+        return widen(raw, output.source.dtype).reshape(end - begin, output.columns)
 
 
 def _open_adapter(adapter: ByteSource) -> AdapterReader:

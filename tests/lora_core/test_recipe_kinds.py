@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from tests.lora_core.recipes import TOKENS, logits_of, merge_to, randomize, read_weights
+from lora_core.keymap import Keymap
+from lora_core.merge import merge
+from tests.lora_core.recipes import TOKENS, carry_out, logits_of, merge_to, randomize, read_weights
 from tests.tiny import make_base
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -37,10 +40,15 @@ def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
         return peft_model(base, adapter)(TOKENS).logits.float()
 
 
-def assert_merged(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
+def assert_merged(base: Path, adapter: Path, out: Path, *, keymap: Keymap | None = None) -> Path:
     """The merged checkpoint says what PEFT says with the adapter beside the base; the base says something else."""
     expected = peft_logits(base, adapter)
-    merge_to(base, adapter, out, **options)
+    plan, exact = carry_out(base, adapter, keymap=keymap)
+    merge(base, adapter, out, recipe=plan.recipe)
+    merged = read_weights(out)
+    assert merged.keys() == exact.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(tensor.numpy(), exact[name], rtol=2e-7, atol=1e-12)
     assert (expected - logits_of(base)).abs().max() > 0.01
     torch.testing.assert_close(logits_of(out), expected, atol=3e-5, rtol=1e-5)
     return out
