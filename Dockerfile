@@ -18,7 +18,7 @@ USER depot
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=6 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
-CMD ["uvicorn", "--factory", "api.main:create_app", "--host", "0.0.0.0", "--port", "8000", "--http", "httptools"]
+CMD ["uvicorn", "--factory", "api.main:create_app", "--host", "0.0.0.0", "--port", "8000", "--http", "httptools", "--timeout-graceful-shutdown", "5"]
 
 FROM base AS worker
 # On Linux x86-64 this installs torch with CUDA. For a CPU-only image build with

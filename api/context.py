@@ -1,13 +1,14 @@
 """What routes are given: the parts made at start, the caller, and a session that commits before the response."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from api.streams import StreamLimit
 from registry.db import SessionFactory, make_engine, make_sessions, transaction
 from registry.keys import Principal
 from registry.settings import Settings
@@ -24,6 +25,7 @@ class Depot:
     sessions: SessionFactory
     store: ObjectStore
     pepper: bytes
+    streams: StreamLimit = field(default_factory=StreamLimit)
 
 
 def make_depot(settings: Settings) -> Depot:

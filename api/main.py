@@ -12,7 +12,7 @@ from api.context import make_depot
 from api.depot import adapters, base_models, merges, objects, versions
 from api.errors import HANDLERS
 from api.guard import Guard
-from api.openai import files, job_control, job_progress, jobs, models
+from api.openai import files, job_control, job_progress, job_stream, jobs, models
 from api.openai.upload import upload_folder
 from api.routing import require_permissions
 from registry.settings import Settings
@@ -22,6 +22,7 @@ ROUTERS = (
     jobs.router,
     job_control.router,
     job_progress.router,
+    job_stream.router,
     models.router,
     base_models.router,
     adapters.router,

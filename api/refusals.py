@@ -1,6 +1,6 @@
 """What only HTTP can get wrong: errors that have no meaning below this room."""
 
-from registry.errors import DepotError, Invalid, NotFound, TooLarge, Unavailable
+from registry.errors import DepotError, Invalid, LimitReached, NotFound, TooLarge, Unavailable
 
 
 class BadRequest(DepotError):
@@ -73,6 +73,12 @@ class BodyTooLarge(TooLarge):
     """The body is larger than 1 MiB. Large things are uploaded with `POST /v1/files`."""
 
     code = "body_too_large"
+
+
+class TooManyStreams(LimitReached):
+    """This key already holds as many event streams open as it may. Close one, or poll the events."""
+
+    code = "too_many_streams"
 
 
 class UrlTooLong(DepotError):

@@ -1,19 +1,21 @@
-"""How a job is getting on: its attempts, and its place in the queue."""
+"""How a job is getting on: its attempts, its place in the queue, its curves."""
 
 import re
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import Query
 
 from api.context import DepotDep, PrincipalDep, SessionDep
 from api.openai.job_out import state_of
-from api.openai.job_schemas import AttemptError, AttemptObject, QueueObject
+from api.openai.job_schemas import AttemptError, AttemptObject, MetricsObject, MetricsPoint, QueueObject
 from api.openai.jobs import parse_job_id
 from api.routing import Permission, Router
 from api.schemas import Listing, listing, unix, unix_or_none
 from registry import errors
 from registry.ids import public_id
 from registry.jobs.attempts import list_attempts
+from registry.jobs.curves import MOST_POINTS, read_curve
 from registry.jobs.queries import get_job
 from registry.jobs.waiting import explain_waiting
 from registry.models import JobAttempt
@@ -72,6 +74,28 @@ def queue(job_id: str, session: SessionDep, depot: DepotDep, principal: Principa
         message=None if waiting is None else waiting.message,
         until=None if waiting is None else unix_or_none(waiting.until),
         estimate_seconds=None if estimate is None else round(estimate),
+    )
+
+
+@router.declare(
+    "GET",
+    "/fine_tuning/jobs/{job_id}/metrics",
+    permission=Permission.JOBS_READ,
+    summary="Read a job's curves",
+    returns=MetricsObject,
+    raises=(errors.JobNotFound,),
+)
+def metrics(
+    job_id: str,
+    session: SessionDep,
+    principal: PrincipalDep,
+    points: Annotated[int, Query(ge=1, le=MOST_POINTS, description="The most points to answer with")] = 500,
+) -> MetricsObject:
+    """Losses, learning rate and speed by step. Neighbouring steps share a point when there are more than `points`."""
+    found = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
+    curve = read_curve(session, job_id=found.id, points=points)
+    return MetricsObject(
+        id=public_id("ftjob", found.id), points=[MetricsPoint.model_validate(asdict(point)) for point in curve]
     )
 
 

@@ -56,6 +56,47 @@ class QueueObject(BaseModel):
     estimate_seconds: int | None
 
 
+POINT = {
+    "step": 20,
+    "count": 2,
+    "train_loss": {"min": 1.712, "max": 1.834, "last": 1.712},
+    "valid_loss": None,
+    "learning_rate": 1.5e-4,
+    "tokens_per_second": 5120.5,
+}
+
+
+class MetricsSpread(BaseModel):
+    """What a number was among the steps that share a point."""
+
+    min: float
+    max: float
+    last: float
+
+
+class MetricsPoint(BaseModel):
+    """`count` measurements up to and including `step`; speed is their mean."""
+
+    step: int
+    count: int
+    train_loss: MetricsSpread | None
+    valid_loss: MetricsSpread | None
+    learning_rate: float | None
+    tokens_per_second: float | None
+
+
+class MetricsObject(BaseModel):
+    """A job's curves by step. What a lost attempt had told beyond the step its successor began at is not in them."""
+
+    model_config = shown(
+        {"id": "ftjob-0f5c3a1e8d7b4c62a9f01b2c3d4e5f60", "object": "fine_tuning.job.metrics", "points": [POINT]}
+    )
+
+    id: str
+    object: Literal["fine_tuning.job.metrics"] = "fine_tuning.job.metrics"
+    points: list[MetricsPoint]
+
+
 class AttemptError(BaseModel):
     """Why an attempt ended; `class` decides whether another one starts."""
 

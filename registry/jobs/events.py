@@ -44,6 +44,14 @@ def list_events(session: Session, *, job_id: uuid.UUID, after: int | None, limit
     return take_page(session, query.order_by(JobEvent.id.desc()), limit=limit)
 
 
+def events_after(session: Session, *, job_id: uuid.UUID, after: int, limit: int) -> Page[JobEvent]:
+    """A job's events behind the number `after`, oldest first.
+
+    Whoever writes one holds the job's row, so a job's numbers become visible in their order and none is missed."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after)
+    return take_page(session, query.order_by(JobEvent.id), limit=limit)
+
+
 def storable_text(text: str) -> str:
     """Text from a trainer as Postgres can hold it: no NUL, no lone surrogates, bounded."""
     clean = text[:MESSAGE_CHARS].replace("\0", "\N{REPLACEMENT CHARACTER}")
