@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,7 @@ from cli.embedded.stack import (
     api_spec,
     choose_port,
     environment,
+    is_free,
     one_shot,
     production_commands,
     worker_spec,
@@ -36,6 +38,19 @@ Say = Callable[[str], None]
 
 class StopRequested(BaseException):
     """Ctrl-C or its like. No Exception, so that nothing on the way mistakes it for a failure."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to start. `may_move`: nobody asked for just this port."""
+
+    commands: Callable[[int], Commands]
+    port: int
+    may_move: bool
+    slots: int
+
+    def environment(self, home: Home, port: int) -> dict[str, str]:
+        return environment(home, url=f"http://{HOST}:{port}", slots=self.slots, inherited=os.environ)
 
 
 def up(
@@ -53,8 +68,9 @@ def up(
             prepare_home(place)
             with _held(place, say) as lock:
                 end_leftovers(place)
-                number = choose_port(port)
-                _run(Supervisor(place, lock, say), commands(number), port=number, slots=slots, say=say)
+                chosen = choose_port(port)
+                start = Start(commands, chosen, may_move=port is None, slots=slots)
+                _run(Supervisor(place, lock, say), start, say)
     except StopRequested:
         return 0
     except (EmbeddedError, HomeError) as error:
@@ -78,24 +94,24 @@ def _held(home: Home, say: Say) -> Iterator[int]:
         os.close(lock)
 
 
-def _run(supervisor: Supervisor, commands: Commands, *, port: int, slots: int, say: Say) -> None:
-    url = f"http://{HOST}:{port}"
+def _run(supervisor: Supervisor, start: Start, say: Say) -> None:
     try:
         say(f"Starting the depot in {_plain(str(supervisor.home.root))} …")
-        _start(supervisor, commands, url=url, slots=slots)
+        url = _start(supervisor, start)
         _banner(supervisor.home, url, say)
         supervisor.watch()
     finally:
         _shut_down(supervisor, say)
 
 
-def _start(supervisor: Supervisor, commands: Commands, *, url: str, slots: int) -> None:
-    home = supervisor.home
+def _start(supervisor: Supervisor, start: Start) -> str:
+    """Starts everything; returns the API's URL."""
+    home, commands = supervisor.home, start.commands(start.port)
     supervisor.start(postgres_spec(home.postgres, home.sockets, home.log("postgres")))
     supervisor.start(valkey_spec(home.valkey, home.sockets, home.log("valkey")))
-    env = environment(home, url=url, slots=slots, inherited=os.environ)
-    supervisor.run_once(one_shot("migrate", commands.migrate, home, env))
-    supervisor.start(api_spec(commands.api, home, env))
+    supervisor.run_once(one_shot("migrate", commands.migrate, home, start.environment(home, start.port)))
+    env = _start_api(supervisor, start)
+    url = env["DEPOT_PUBLIC_URL"]
     key = read_json(home.client).get("api_key")
     if not isinstance(key, str) or answers(f"{url}/v1/adapters?limit=1", api_key=key) == 401:
         key = supervisor.run_once(one_shot("create-key", commands.create_key, home, env)).strip()
@@ -103,6 +119,22 @@ def _start(supervisor: Supervisor, commands: Commands, *, url: str, slots: int) 
     supervisor.start(worker_spec(commands.worker, home, env))
     supervisor.url = url
     supervisor.save_state()
+    return url
+
+
+def _start_api(supervisor: Supervisor, start: Start) -> dict[str, str]:
+    """Starts the API, on another port than the chosen one if somebody was faster to open that; its environment."""
+    home, port = supervisor.home, start.port
+    while True:
+        env = start.environment(home, port)
+        try:
+            supervisor.start(api_spec(start.commands(port).api, home, env))
+        except EmbeddedError:
+            if not start.may_move or is_free(port):
+                raise
+            port = choose_port(None)
+        else:
+            return env
 
 
 def _shut_down(supervisor: Supervisor, say: Say) -> None:

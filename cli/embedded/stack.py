@@ -1,6 +1,7 @@
 """What the embedded stack consists of: the production commands and their settings, as data."""
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ INHERITED = (
     *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
 )
+# In every answer of the API, so that it can be told from another depot on the same port.
+MARK_HEADER = "x-depot-run"
 CLIENT_SETTINGS = ("DEPOT_HOME", "DEPOT_URL", "DEPOT_API_KEY")
 # On one machine a lost worker is noticed, and an idle one wakes, sooner than across a network.
 ONE_MACHINE = {
@@ -81,8 +84,15 @@ def one_shot(name: str, argv: tuple[str, ...], home: Home, env: Mapping[str, str
 
 
 def api_spec(argv: tuple[str, ...], home: Home, env: Mapping[str, str]) -> ChildSpec:
-    url = env["DEPOT_PUBLIC_URL"]
-    return ChildSpec(name="api", argv=argv, env=env, log=home.log("api"), ready=lambda: answers(f"{url}/readyz") == 200)
+    url, mark = env["DEPOT_PUBLIC_URL"], secrets.token_hex(8)
+    return ChildSpec(
+        name="api",
+        argv=(*argv, "--header", f"{MARK_HEADER}:{mark}"),
+        env=env,
+        log=home.log("api"),
+        # Another depot may have opened the port since it was chosen: its answer is not ours.
+        ready=lambda: answers(f"{url}/readyz", mark=mark) == 200,
+    )
 
 
 def worker_spec(argv: tuple[str, ...], home: Home, env: Mapping[str, str]) -> ChildSpec:
@@ -90,14 +100,19 @@ def worker_spec(argv: tuple[str, ...], home: Home, env: Mapping[str, str]) -> Ch
     return ChildSpec(name="worker", argv=argv, env=env, log=home.log("worker"), stop_seconds=30)
 
 
-def answers(url: str, *, api_key: str | None = None) -> int | None:
-    """The status of a GET; None while nobody answers."""
+def answers(url: str, *, api_key: str | None = None, mark: str | None = None) -> int | None:
+    """The status of a GET; None while nobody answers, or nobody who carries `mark`."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         # A proxy of the environment has no business between two processes of one machine.
-        return httpx.get(url, headers=headers, timeout=5, trust_env=False).status_code
+        response = httpx.get(url, headers=headers, timeout=5, trust_env=False)
     except httpx.TransportError:
         return None
+    return response.status_code if mark in (None, response.headers.get(MARK_HEADER)) else None
+
+
+def is_free(port: int) -> bool:
+    return _bind(port) is not None
 
 
 def choose_port(wanted: int | None) -> int:

@@ -89,12 +89,19 @@ class Supervisor:
     # ── starting ─────────────────────────────────────────────────────────────────────────────────
 
     def start(self, spec: ChildSpec) -> None:
-        """Starts a child that is to run until `stop_all`; returns when it is ready or raises EmbeddedError."""
+        """Starts a child that is to run until `stop_all`. Returns when it is ready; EmbeddedError, and it is gone."""
         rotate(spec.log)
         process = self._spawn(spec)
-        self._children.append(Child(spec, process, time.monotonic()))
+        child = Child(spec, process, time.monotonic())
+        self._children.append(child)
         self.save_state()
-        wait_ready(spec, process)
+        try:
+            wait_ready(spec, process)
+        except EmbeddedError:
+            stop(spec, process)
+            self._forget(process)
+            self._children.remove(child)
+            raise
 
     def _spawn(self, spec: ChildSpec, *, capture: bool = False) -> subprocess.Popen[bytes]:
         marked = replace(spec, env={**spec.env, MARKER: str(self.home.root)})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -219,6 +221,25 @@ def test_a_port_that_is_taken_is_named(depot: Depot) -> None:
         assert f"Port {port} is taken" in depot.said()
     depot.up(str(port))
     assert depot.state()["url"] == f"http://127.0.0.1:{port}"
+
+
+def test_a_depot_that_opened_the_port_first_is_not_taken_for_ours(depot: Depot) -> None:
+    depot.up("raced")
+    assert re.search(r"address already in use", depot.home.log("api").read_text(), re.IGNORECASE)
+    client = json.loads(depot.home.client.read_text())
+    assert client["url"] == depot.state()["url"]
+    assert httpx.get(client["url"], headers={"Authorization": "Bearer wrong"}, trust_env=False).status_code == 401
+    assert set(depot.children()) == PARTS
+
+
+def test_a_wished_for_port_that_somebody_opened_first_is_an_error(depot: Depot) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert depot.up(str(port), "raced", ready=False).wait(DEADLINE) == 1
+    assert "api ended before it was ready" in depot.said()
+    assert "ddress already in use" in depot.said()
+    assert depot.processes() == []
 
 
 def test_two_homes_run_side_by_side(depot: Depot, tmp_path: Path) -> None:

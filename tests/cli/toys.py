@@ -1,10 +1,12 @@
 """Stand-ins for api and worker, so that the supervisor is tested with a real Postgres and Valkey and nothing else.
 
-`python -m tests.cli.toys up HOME [PORT]` is `lora-depot up` with these commands."""
+`python -m tests.cli.toys up HOME [PORT] [raced]` is `lora-depot up` with these commands; `raced`: between the choice
+of the port and the start of the API another depot opens it."""
 
 import os
 import signal
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +25,21 @@ def toy_commands(port: int) -> Commands:
         api=(*toy, "api", str(port)),
         worker=(*toy, "worker"),
     )
+
+
+class OtherDepot(BaseHTTPRequestHandler):
+    """Ready, and glad to see any key."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+def raced_commands(port: int) -> Commands:
+    if threading.active_count() == 1:
+        server = ThreadingHTTPServer(("127.0.0.1", port), OtherDepot)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    return toy_commands(port)
 
 
 def connect() -> psycopg.Connection:
@@ -47,9 +64,12 @@ def create_key() -> None:
 
 
 class Api(BaseHTTPRequestHandler):
+    mark: tuple[str, str]
+
     def do_GET(self) -> None:
         status = 200 if self.path == "/readyz" or self.is_known() else 401
         self.send_response(status)
+        self.send_header(*self.mark)
         self.end_headers()
 
     def is_known(self) -> bool:
@@ -58,7 +78,10 @@ class Api(BaseHTTPRequestHandler):
             return connection.execute("SELECT 1 FROM keys WHERE key = %s", [key]).fetchone() is not None
 
 
-def api(port: str) -> None:
+def api(port: str, flag: str, header: str) -> None:
+    assert flag == "--header"
+    name, _, value = header.partition(":")
+    Api.mark = (name, value)
     ThreadingHTTPServer(("127.0.0.1", int(port)), Api).serve_forever()
 
 
@@ -76,6 +99,7 @@ def worker() -> None:
 if __name__ == "__main__":
     verb, *arguments = sys.argv[1:]
     if verb == "up":
-        port = int(arguments[1]) if len(arguments) > 1 else None
-        sys.exit(up(Path(arguments[0]), port=port, commands=toy_commands))
+        home, *words = arguments
+        port = next((int(word) for word in words if word.isdigit()), None)
+        sys.exit(up(Path(home), port=port, commands=raced_commands if "raced" in words else toy_commands))
     {"migrate": migrate, "create_key": create_key, "api": api, "worker": worker}[verb](*arguments)
