@@ -1,6 +1,7 @@
 """The schema exists only through Alembic: it goes up, down and up again, and the models agree with it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from alembic import command
@@ -51,3 +52,8 @@ def test_every_constraint_is_named_by_the_convention(engine: Engine) -> None:
     assert names
     strays = [n for n, kind in names if not n.startswith(prefixes[kind]) and not n.startswith("alembic_version")]
     assert strays == []
+
+
+def test_alembic_reads_its_settings_in_any_locale() -> None:
+    # It opens the file in the locale's encoding, which LC_ALL=C makes ASCII, Python's UTF-8 mode or not.
+    assert (Path(__file__).parent.parent / "alembic.ini").read_bytes().isascii()
