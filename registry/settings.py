@@ -13,7 +13,8 @@ PREFIX = "DEPOT_"
 class Settings(BaseSettings):
     """Frozen; a misspelt `DEPOT_…` variable stops the process instead of being ignored."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    # What was given is left out of errors: they end up in logs, and it holds passwords.
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     database_url: str = Field(description="Postgres, as a SQLAlchemy URL: postgresql+psycopg://…")
     redis_url: str = Field(
