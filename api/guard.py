@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import refusals
@@ -121,6 +122,8 @@ def _marked(send: Send, passage: Passage) -> Send:
 
 async def _last_resort(error: Exception, scope: Scope, receive: Receive, send: Send, passage: Passage) -> None:
     """Answers for an error that nobody else answered for; only a bug leaves a traceback."""
+    if isinstance(error, ClientDisconnect):
+        return  # in the middle of its own request; the line without a status says so
     known = translate(error)
     if passage.status is not None:
         # The head of the response is gone. The server sees an incomplete body and cuts the connection, which is

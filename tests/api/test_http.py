@@ -1,8 +1,11 @@
 """Credentials, hostile requests and limits."""
 
 import logging
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -198,9 +201,6 @@ class TestBodies:
         refused(response, 413, "body_too_large")
 
     def test_a_body_that_stops_arriving(self, server: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        import socket
-        from urllib.parse import urlsplit
-
         monkeypatch.setattr(guard, "BODY_IDLE_SECONDS", 0.2)
         address = urlsplit(server)
         with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
@@ -211,3 +211,16 @@ class TestBodies:
                 answer += more
         assert b" 408 " in answer.splitlines()[0]
         assert b"body_timeout" in answer
+
+    def test_a_client_that_leaves_in_the_middle_is_no_error(
+        self, server: str, key: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, logger="api.requests")
+        address = urlsplit(server)
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 99\r\n"
+        with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+            connection.sendall((head + "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x").encode())
+        while not (lines := [r for r in caplog.records if r.getMessage() == "request"]):
+            time.sleep(0.01)
+        assert vars(lines[0])["status"] is None
+        assert [r for r in caplog.records if r.levelno > logging.INFO] == []
