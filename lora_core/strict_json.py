@@ -6,7 +6,7 @@ from typing import Any
 
 
 def loads(data: bytes) -> Any:
-    """Parse UTF-8 JSON (RFC 8259, no byte order mark). Raises ValueError with a sentence, and nothing else."""
+    """Parse UTF-8 JSON (RFC 8259, no byte order mark). Raises ValueError, whose text fits behind "the file is …"."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -17,8 +17,12 @@ def loads(data: bytes) -> Any:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's own limit, explained in Python's own terms
+            raise ValueError("not JSON that can be read: a number has too many digits") from None
+        raise
     if "\\ud" in text.lower() and any(_has_surrogate(string) for string in strings(value)):
-        raise ValueError("a \\ud800–\\udfff escape stands alone; it is half a character")
+        raise ValueError("malformed: a \\ud800–\\udfff escape stands alone; it is half a character")
     return value
 
 
@@ -45,9 +49,9 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]  # add returns None on purpose
-        raise ValueError(f"the name {twice[:80]!r} occurs twice in one object")
+        raise ValueError(f"malformed: the name {twice[:80]!r} occurs twice in one object")
     return result
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"not JSON: {name} has no place in it")
