@@ -19,6 +19,8 @@ FLOATS = frozenset({*_NATIVE, "BF16"})
 _HALVES = ("BF16", "F16")
 # OpenBLAS starts threads of its own for longer ones.
 _DOT_ITEMS = 8192
+# (‖Δ‖/‖W‖)² from which float32 is good enough to see what became of Δ.
+_VISIBLE = 1e-10
 
 
 def widen(raw: Array, dtype: str) -> Array:
@@ -85,8 +87,9 @@ class Scratch:
             if dtype in _HALVES and (before is None or before[1] in _HALVES):
                 buffers = [part[: values.size].view(np.float32) for part in (self._bits, self._near, self._weight)]
                 sums = self._compare(before, (raw, dtype), buffers)
-                if np.isfinite(sums.lost):
-                    return raw, sums  # else it may be that only the squares were too large
+                # else it may be that only the squares were too large, or the change too small for float32
+                if np.isfinite(sums.lost) and (before is None or sums.delta > _VISIBLE * sums.weight):
+                    return raw, sums
             doubles = [np.empty(values.size), values.copy(), np.empty(values.size)]
             return raw, self._compare(before, (raw, dtype), doubles)
 

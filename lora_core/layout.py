@@ -230,7 +230,12 @@ def _config(base: ByteSource, changes: Mapping[str, Any], dtype: str | None) -> 
         raise BadBase(f"the checkpoint lacks {CONFIG_FILE}")
     if not changes and dtype is None:
         return OutputFile(len(data), (Copied(0, len(data), CONFIG_FILE, 0),))
-    document = strict_json.loads(data)
+    try:
+        document = strict_json.loads(data)
+    except ValueError as error:
+        raise BadBase(f"{CONFIG_FILE} is {error}") from None
+    if not isinstance(document, dict):
+        raise BadBase(f"{CONFIG_FILE} is not an object")
     if dtype is not None:
         document.pop("torch_dtype", None)  # the field's name before transformers 5
         document["dtype"] = dtype_name(dtype)

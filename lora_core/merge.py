@@ -41,7 +41,8 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class TensorReport:
     """One merged tensor. With Δ the exact change and Δ' the one that rounding left: `relative_delta` = ‖Δ‖/‖W‖,
-    `rounding_loss` = ‖Δ' − Δ‖/‖Δ‖, `cosine` that between Δ and Δ', and the share of elements with new bits."""
+    `rounding_loss` = ‖Δ' − Δ‖/‖Δ‖, `cosine` that between Δ and Δ', and the share of elements with new bits. Where
+    there is no change, or nothing it would be a change of, nothing is lost: 0, 0, 1 and 0."""
 
     name: str
     relative_delta: float
@@ -258,12 +259,13 @@ def _check_digests(files: list[FileReport], expected: Mapping[str, str]) -> None
 
 
 def _tensor_report(name: str, sums: Sums) -> TensorReport:
-    realised = sums.delta + 2 * sums.cross + sums.lost
+    realised = max(sums.delta + 2 * sums.cross + sums.lost, 0.0)
+    product = math.sqrt(sums.delta) * math.sqrt(realised)
     return TensorReport(
         name,
         relative_delta=_root(sums.delta, sums.weight),
         rounding_loss=_root(sums.lost, sums.delta),
-        cosine=(sums.delta + sums.cross) / math.sqrt(sums.delta * realised) if sums.delta * realised > 0 else 0.0,
+        cosine=min((sums.delta + sums.cross) / product, 1.0) if product else float(not sums.delta),
         changed_share=sums.changed / sums.items,
     )
 

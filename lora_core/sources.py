@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from lora_core.errors import BadHeader
+from lora_core.errors import BadBase, BadHeader
 from lora_core.floats import Array
 from lora_core.header import Header, header_length, parse_header
 from lora_core.shards import ByteReader
@@ -73,12 +73,12 @@ def read(source: ByteSource, path: str, offset: int, size: int) -> Array:
 
 
 def read_all(source: ByteSource, path: str, *, limit: int) -> bytes | None:
-    """The whole file, if there is one; a file above `limit` bytes is a ValueError."""
+    """The whole file, if there is one; a file above `limit` bytes is BadBase."""
     size = source.size(path)
     if size is None:
         return None
     if size > limit:
-        raise ValueError(f"{path} has {size} bytes; {limit} are accepted")
+        raise BadBase(f"{path} has {size} bytes; {limit} are accepted")
     return read(source, path, 0, size).tobytes()
 
 

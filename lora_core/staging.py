@@ -75,12 +75,21 @@ def resumable_directory(target: Path, key: str) -> Iterator[Stage]:
             fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"another process is writing {target.name}") from None
-        if target.exists() or not (stage / _STATE).is_file():  # it finished while this one waited for the lock
-            raise FileExistsError(f"another process wrote {target.name}")
+        if not _is_still_there(state, stage / _STATE):  # its owner ended in between
+            raise FileExistsError(f"another process was writing {target.name}")
         state.seek(0)
         try:
+            if target.exists():
+                raise FileExistsError(f"{target.name} exists already")
             prepared = Stage(stage, state, key)
             yield prepared
             prepared.files.rename(target)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_still_there(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

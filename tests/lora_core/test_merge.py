@@ -153,6 +153,19 @@ def test_the_report_gives_true_hashes_sizes_and_norms(tmp_path):
     entry = next(tensor for tensor in report.tensors if tensor.name == Q)
     assert entry.relative_delta == pytest.approx(norm(total - W) / norm(W), rel=1e-6)
     assert entry.rounding_loss == pytest.approx(norm(lost) / norm(total - W), rel=1e-6)
+    realised = total - W + lost
+    cosine = (realised * (total - W)).sum() / norm(realised) / norm(total - W)
+    assert entry.cosine == pytest.approx(cosine, abs=1e-6)
+    assert entry.changed_share == np.mean(realised != 0)
+
+
+@pytest.mark.parametrize(("scale", "cosine"), [(0.0, 1.0), (1e-9, 0.0)])
+def test_no_change_loses_nothing_and_a_tiny_one_everything(tmp_path, scale, cosine):
+    base = make_base(tmp_path / "base", dtype="bfloat16")
+    report = merge(base, make_peft_adapter(base, tmp_path / "adapter"), tmp_path / "out", scale=scale)
+    for tensor in report.tensors:
+        assert (tensor.cosine, tensor.changed_share) == (pytest.approx(cosine, abs=1e-6), 0.0)
+        assert tensor.rounding_loss == pytest.approx(1 - cosine, abs=1e-6)
 
 
 def test_the_index_has_the_real_size_and_the_config_the_new_dtype(tmp_path):
