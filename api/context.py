@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from api.streams import StreamLimit
 from registry.db import SessionFactory, make_engine, make_sessions, transaction
 from registry.keys import Principal
+from registry.merged import VirtualMerges
 from registry.settings import Settings
 from registry.storage import ObjectStore
 from registry.storage.open import make_store
@@ -25,6 +26,7 @@ class Depot:
     sessions: SessionFactory
     store: ObjectStore
     pepper: bytes
+    merged: VirtualMerges
     streams: StreamLimit = field(default_factory=StreamLimit)
 
 
@@ -42,7 +44,8 @@ def make_depot(settings: Settings) -> Depot:
         s3_secret_access_key=secret.get_secret_value() if secret else None,
     )
     engine = make_engine(settings.database_url, pool_size=20)
-    return Depot(settings, engine, make_sessions(engine), store, settings.secret_key.get_secret_value().encode())
+    pepper = settings.secret_key.get_secret_value().encode()
+    return Depot(settings, engine, make_sessions(engine), store, pepper, VirtualMerges(store))
 
 
 def get_depot(request: Request) -> Depot:

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
@@ -26,17 +27,45 @@ def send_object(
     breaks off, which `Content-Length` shows. A range cannot be checked; `ETag` is the digest it should be part of."""
     if store.stat(key).size != size:
         raise ArtifactCorrupt(key=key)
+    answer = answer_for(headers, etag=f'"{sha256}"', size=size, filename=filename)
+    if isinstance(answer, Response):
+        return answer
+    answer.headers["x-depot-sha256"] = sha256
+    if head:
+        return answer.without_body()
+    whole = answer.status == 200
+    chunks = verified(store.open(key), sha256) if whole else store.open(key, start=answer.start, end=answer.end)
+    return StreamingResponse(chunks, status_code=answer.status, headers=answer.headers, media_type=CONTENT_TYPE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How to answer a request for a file: with its bytes from `start` to `end`."""
+
+    status: int
+    start: int
+    end: int
+    headers: dict[str, str]
+
+    def without_body(self) -> Response:
+        """What HEAD gets."""
+        return Response(status_code=self.status, headers=self.headers, media_type=CONTENT_TYPE)
+
+
+def answer_for(headers: Headers, *, etag: str, size: int, filename: str) -> Answer | Response:
+    """What a request with these headers gets of a file of so many bytes; a response if none of them: 304 or 416.
+
+    `If-Range` with another validator asks for everything, as does more than one range."""
     common = {
-        "etag": f'"{sha256}"',
+        "etag": etag,
         "accept-ranges": "bytes",
         "content-disposition": attachment(filename),
         "cache-control": "private, no-store",
-        "x-depot-sha256": sha256,
         "x-depot-size": str(size),
     }
-    wanted = headers.get("range")
-    if wanted is not None and headers.get("if-range", common["etag"]) != common["etag"]:
-        wanted = None
+    if _names(headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=common)
+    wanted = headers.get("range") if headers.get("if-range", etag) == etag else None
     found = parse_range(wanted, size) if wanted is not None else None
     if found == (size, size):
         return respond(RangeNotSatisfiable(param="Range"), {"content-range": f"bytes */{size}"})
@@ -44,11 +73,13 @@ def send_object(
     common["content-length"] = str(end - start)
     if found is not None:
         common["content-range"] = f"bytes {start}-{end - 1}/{size}"
-    status = 206 if found is not None else 200
-    if head:
-        return Response(status_code=status, headers=common, media_type=CONTENT_TYPE)
-    chunks = store.open(key, start=start, end=end) if found else verified(store.open(key), sha256)
-    return StreamingResponse(chunks, status_code=status, headers=common, media_type=CONTENT_TYPE)
+    return Answer(206 if found is not None else 200, start, end, common)
+
+
+def _names(header: str | None, etag: str) -> bool:
+    """Whether a list of validators, strong or weak, holds this one."""
+    candidates = [item.strip() for item in (header or "").split(",")]
+    return bool({"*", etag, f"W/{etag}"} & set(candidates))
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from api import health, logs
 from api.context import make_depot
-from api.depot import adapters, base_models, merges, objects, versions
+from api.depot import adapters, base_models, merged, merges, objects, versions
 from api.errors import HANDLERS
 from api.guard import Guard
 from api.openai import files, job_control, job_progress, job_stream, jobs, models
@@ -28,6 +28,7 @@ ROUTERS = (
     adapters.router,
     versions.router,
     merges.router,
+    merged.router,
     objects.router,
     health.router,
 )
@@ -64,6 +65,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     require_permissions(app)
     remove_stale(upload_folder(app.state.depot.settings))
     yield
+    app.state.depot.merged.close()
     app.state.depot.engine.dispose()
 
 

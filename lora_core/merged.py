@@ -6,7 +6,7 @@ depends on nothing but the tensor, so the bytes are the same whoever reads which
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -60,6 +60,10 @@ class MergedCheckpoint:
 
     def read(self, path: str, start: int, end: int) -> Iterator[Array]:
         """Bytes `start` to `end` of the file, in order, as uint8 arrays of at most some megabytes."""
+        return (part() for part in self.parts(path, start, end))
+
+    def parts(self, path: str, start: int, end: int) -> Iterator[Callable[[], Array]]:
+        """What `read` yields, each part made when it is called: in any thread, in any order."""
         file = self.files[path]
         if not 0 <= start <= end <= file.size:
             raise ValueError(f"{path} has {file.size} bytes")
@@ -68,15 +72,18 @@ class MergedCheckpoint:
             if first >= last:
                 continue
             if isinstance(piece, Literal):
-                yield _bytes(piece.data[first - piece.begin : last - piece.begin])
+                yield partial(_bytes, piece.data[first - piece.begin : last - piece.begin])
             elif isinstance(piece, Copied):
                 for begin in range(first, last, _COPY_BYTES):
                     size = min(_COPY_BYTES, last - begin)
-                    yield read(self._base, piece.path, piece.offset + begin - piece.begin, size)
+                    yield partial(read, self._base, piece.path, piece.offset + begin - piece.begin, size)
             else:
                 for number in blocks(piece, first, last):
-                    block = self.compute(piece, number)
-                    yield block.data[max(first - block.begin, 0) : last - block.begin]
+                    yield partial(self._part, piece, number, first, last)
+
+    def _part(self, piece: Computed, number: int, first: int, last: int) -> Array:
+        block = self.compute(piece, number)
+        return block.data[max(first - block.begin, 0) : last - block.begin]
 
     def compute(self, piece: Computed, number: int, *, statistics: bool = False) -> Block:
         """One block of a tensor; with what rounding did to its change, if asked. NaN and infinity are NonFinite."""

@@ -302,6 +302,12 @@ class MergeNotReady(Conflict):
     code = "merge_not_ready"
 
 
+class NotMergeable(Conflict):
+    """This version cannot be merged into its base model."""
+
+    code = "not_mergeable"
+
+
 # ── limits ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -336,6 +342,18 @@ class ArtifactCorrupt(DepotError):
     """Stored bytes do not match the digest that Postgres holds for them; they are never served."""
 
     code = "artifact_corrupt"
+
+
+class MergePreparing(Unavailable):
+    """The base model is being checked before its first use here. Ask again in a moment."""
+
+    code = "merge_preparing"
+
+
+class MergesBusy(Unavailable):
+    """As many merged files as this process can serve at a time are being read. Ask again in a moment."""
+
+    code = "merges_busy"
 
 
 class StorageUnavailable(Unavailable):

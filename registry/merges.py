@@ -42,6 +42,12 @@ def get_merge(session: Session, *, tenant_id: uuid.UUID, merge_id: uuid.UUID) ->
     return merge
 
 
+def find_stored(session: Session, *, version: Version, dtype: MergeDtype) -> Merge | None:
+    """The finished merge of a version in this dtype, with its files."""
+    query = select(Merge).where(Merge.version_id == version.id, Merge.dtype == dtype, Merge.live)
+    return session.scalar(query.where(Merge.digest.is_not(None)).options(selectinload(Merge.files)))
+
+
 def get_merge_file(session: Session, merge: Merge, path: str) -> MergeFile:
     """One file of a merge; MergeNotReady until it has ended, ArtifactNotFound."""
     if merge.job.state not in TERMINAL:

@@ -25,17 +25,17 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     """Fetch base and adapter, merge them in a child process, store and publish the files."""
     inputs = read_inputs(host, attempt, job, merge_inputs)
     attempt.news.phase("fetching")
-    base_dir = fetch_base(host, attempt, inputs.base)
+    base_dir = fetch_base(host, attempt, inputs.version.base)
     adapter_dir = workspace / "adapter"
     adapter_dir.mkdir()
-    for file in inputs.adapter:
+    for file in inputs.version.files:
         fetch_file(host, attempt, file, adapter_dir / file.path)
     recipe_file = None
-    if inputs.recipe is not None:
+    if inputs.version.recipe is not None:
         recipe_file = workspace / RECIPE_FILE
-        recipe_file.write_text(inputs.recipe)
+        recipe_file.write_text(inputs.version.recipe)
     task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, dtype=inputs.spec.dtype)
-    result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest)
+    result = run_task(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
     _publish(host, attempt, heart, inputs, out=workspace / OUT, result=result)
 
 
@@ -79,9 +79,9 @@ def folder_digest(files: list[OutputFile]) -> str:
 def make_report(inputs: MergeInputs, files: list[OutputFile], result: ResultMessage) -> dict[str, Any]:
     """What the merge did, in numbers, and from what."""
     return {
-        "adapter": inputs.ref,
-        "base_model": inputs.base.name,
-        "base_digest": inputs.base.digest,
+        "adapter": inputs.version.ref,
+        "base_model": inputs.version.base.name,
+        "base_digest": inputs.version.base.digest,
         "dtype": inputs.spec.dtype,
         "bytes": sum(file.size for file in files),
         **result.metrics,

@@ -58,6 +58,21 @@ MERGE = {
     "created_at": 1790000200,
     "finished_at": 1790000230,
 }
+MERGED = {
+    "object": "merged",
+    "adapter": "support-bot",
+    "version": 7,
+    "dtype": "base",
+    "base_digest": DIGEST,
+    "files": [
+        {
+            "path": "model.safetensors",
+            "bytes": 1192000000,
+            "etag": f'"m{_SHA256}"',
+            "sha256": _SHA256,
+        }
+    ],
+}
 BASE_MODEL = {
     "object": "base_model",
     "name": "Qwen/Qwen3-0.6B",
@@ -179,6 +194,28 @@ class MergeObject(BaseModel):
     files: list[StoredObject]
     created_at: int
     finished_at: int | None
+
+
+class MergedFile(BaseModel):
+    """One file of a merged checkpoint. `sha256` is known once a merge in this dtype was stored."""
+
+    path: str
+    bytes: int
+    etag: str
+    sha256: str | None
+
+
+class MergedObject(BaseModel):
+    """A merged checkpoint as it would be stored; its files are computed while they are read."""
+
+    model_config = shown(MERGED)
+
+    object: Literal["merged"] = "merged"
+    adapter: str
+    version: int
+    dtype: Literal["base", "float32", "bfloat16", "float16"]
+    base_digest: str
+    files: list[MergedFile]
 
 
 class BaseModelObject(BaseModel):

@@ -41,11 +41,19 @@ class TrainInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeInputs:
+class VersionInput:
+    """A version, to be merged into its base."""
+
     base: BaseInput
     ref: str  # name@7
-    adapter: tuple[StoredFile, ...]
+    digest: str
+    files: tuple[StoredFile, ...]
     recipe: str | None  # lora_core.recipe as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class MergeInputs:
+    version: VersionInput
     spec: MergeSpec
 
 
@@ -66,13 +74,18 @@ def merge_inputs(session: Session, job: Job) -> MergeInputs:
     version = session.get(Version, spec.version_id)
     if version is None or version.deleted_at is not None:
         raise VersionNotFound
+    return MergeInputs(version_input(session, version), spec)
+
+
+def version_input(session: Session, version: Version) -> VersionInput:
+    """What any merge of a version is computed from."""
     files = session.scalars(select(VersionFile).where(VersionFile.version_id == version.id).order_by(VersionFile.path))
-    return MergeInputs(
-        base=_base(session, job.base_model_id),
+    return VersionInput(
+        base=_base(session, version.adapter.base_model_id),
         ref=f"{version.adapter.name}@{version.version}",
-        adapter=tuple(_stored(file.path, file.blob) for file in files),
+        digest=version.digest,
+        files=tuple(_stored(file.path, file.blob) for file in files),
         recipe=version.merge_recipe,
-        spec=spec,
     )
 
 

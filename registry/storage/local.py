@@ -111,6 +111,11 @@ class LocalStore:
         """(key, filename) of a token from `link`. Raises LinkInvalid or LinkExpired."""
         return links.open_link(self._secret, token, now=now)
 
+    def file(self, key: str) -> Path:
+        """Where the object lies, for reading in place; ObjectMissing."""
+        self.stat(key)
+        return self._path(key)
+
     def ping(self) -> None:
         with _outages(self._incoming, ""), tempfile.TemporaryFile(dir=self._incoming):
             pass

@@ -43,6 +43,8 @@ GET /v1/adapters/{name} adapters:read
 GET /v1/adapters/{name}/versions adapters:read
 GET /v1/adapters/{name}/versions/{version} adapters:read
 GET /v1/adapters/{name}/versions/{version}/files/{file:path} adapters:read
+GET /v1/adapters/{name}/versions/{version}/merged merges:read
+GET /v1/adapters/{name}/versions/{version}/merged/{file:path} merges:read
 GET /v1/base-models base-models:read
 GET /v1/base-models/{name:path} base-models:read
 GET /v1/files files:read
@@ -60,6 +62,7 @@ GET /v1/merges/{merge_id}/files/{file:path} merges:read
 GET /v1/models models:read
 GET /v1/models/{model:path} models:read
 GET /v1/objects/{token} public
+HEAD /v1/adapters/{name}/versions/{version}/merged/{file:path} merges:read
 HEAD /v1/objects/{token} public
 POST /v1/adapters/{name}/versions/{version}/merges merges:write
 POST /v1/base-models base-models:write
@@ -161,7 +164,7 @@ class TestCaller:
     def test_no_key(self, client: TestClient, route: Route) -> None:
         del client.headers["Authorization"]
         response = client.request(route.method, fill(route.path, NOWHERE), content=b"{not json")
-        refused(response, 401, "missing_credentials")
+        refused_without_key(response, route)
         assert response.headers["www-authenticate"] == "Bearer"
 
     def test_the_key_is_read_from_one_place_only(self, client: TestClient, key: str, route: Route) -> None:
@@ -172,6 +175,12 @@ class TestCaller:
             params={"api_key": key, "access_token": key},
             headers={"Cookie": f"api_key={key}", "X-Api-Key": key, "X-Forwarded-User": "admin"},
         )
+        refused_without_key(response, route)
+
+
+def refused_without_key(response: Any, route: Route) -> None:
+    assert response.status_code == 401
+    if route.method != "HEAD":  # which has no body
         refused(response, 401, "missing_credentials")
 
 
@@ -215,11 +224,13 @@ def test_another_tenants_id_answers_like_none(
     foreign = client.request(route.method, fill(route.path, theirs), **body_for(route))
     absent = client.request(route.method, fill(route.path, NOWHERE), **body_for(route))
     assert foreign.status_code == absent.status_code == 404
-    assert foreign.json() == absent.json()
+    assert foreign.content == absent.content
 
 
 # The stream of a job that waits would not end within a test.
 ANSWERED = [r for r in WITH_IDS if r.method == "GET" and "content" not in r.path and "stream" not in r.path]
+# The bytes here are no model that could be merged.
+ANSWERED = [r for r in ANSWERED if "/merged" not in r.path]
 
 
 @pytest.mark.parametrize("route", ANSWERED, ids=str)
@@ -254,6 +265,9 @@ class TestDocument:
             for status, answer in operation["responses"].items():
                 if status == "302":
                     assert answer["headers"]["Location"]["example"], name
+                    continue
+                if status in ("204", "304"):
+                    assert "content" not in answer, name
                     continue
                 for content in answer["content"].values():
                     assert content.get("example") is not None or content.get("examples"), (name, status)

@@ -1,0 +1,148 @@
+"""Merged checkpoints that are never stored: opened once per process, computed block by block for whoever reads."""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from functools import partial
+
+from lora_core import strict_json
+from lora_core.errors import LoraError
+from lora_core.floats import DTYPE_NAMES, Array
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE
+from lora_core.header import ADAPTER_HEADER_BYTES
+from lora_core.layout import CONFIG_FILE as BASE_CONFIG_FILE
+from lora_core.layout import Computed, read_index
+from lora_core.merged import Block, MergedCheckpoint
+from lora_core.peft_config import AdapterConfig
+from lora_core.plan import make_recipe
+from lora_core.recipe import Recipe
+from lora_core.sources import ByteSource, read_all, read_header
+from registry.errors import ArtifactCorrupt, MergePreparing, MergesBusy, NotMergeable
+from registry.jobs.inputs import StoredFile, VersionInput
+from registry.jobs.spec import MergeDtype
+from registry.shared import Shared
+from registry.storage import ObjectStore
+from registry.storage.digests import digest_chunks
+from registry.storage.source import StoredFiles
+
+# Of the arithmetic and the layout: part of every ETag.
+_FORMAT = 1
+_MAX_DOCUMENT_BYTES = 64 * 2**20
+THREADS = 2
+CHECKPOINTS_HELD = 4
+BLOCKS_HELD_BYTES = 64 * 2**20
+MAX_READERS = 32
+PATIENCE_SECONDS = 5.0
+
+Part = Callable[[], Array]
+
+
+def etag(version: VersionInput, dtype: MergeDtype, path: str) -> str:
+    """A strong validator of one file: of all that decides its bytes."""
+    decisive = [_FORMAT, version.base.digest, version.digest, dtype, path]
+    return f'"m{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()}"'
+
+
+class VirtualMerges:
+    """The merged checkpoints of one process. However many read them, `THREADS` threads compute, `BLOCKS_HELD_BYTES`
+    of blocks are kept, and a block that several want is computed once."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._opening = ThreadPoolExecutor(1, "merge-open")
+        self._computing = ThreadPoolExecutor(THREADS, "merge-compute")
+        self._checkpoints: OrderedDict[Hashable, Future[MergedCheckpoint]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._verified: Shared[bool] = Shared(100_000)
+        self._blocks: Shared[Block] = Shared(BLOCKS_HELD_BYTES, lambda block: block.data.size)
+        self._readers = threading.BoundedSemaphore(MAX_READERS)
+
+    def open(self, version: VersionInput, dtype: MergeDtype) -> MergedCheckpoint:
+        """The checkpoint, once every byte it comes from has been compared with its digest in this process.
+
+        That is a matter of minutes for a large base: MergePreparing says to come back. NotMergeable; ArtifactCorrupt.
+        """
+        future = self._find(version, dtype)
+        try:
+            return future.result(PATIENCE_SECONDS)
+        except NotYet:
+            raise MergePreparing from None
+        except LoraError as error:
+            raise NotMergeable(f"This version cannot be merged: {error.message}.", reason=error.code) from error
+
+    def submit(self, part: Part) -> "Future[bytes]":
+        """Have a part of a checkpoint computed. Parts are taken in the order of their coming: readers that ask for
+        few at a time share the threads evenly."""
+        return self._computing.submit(lambda: part().tobytes())
+
+    def enter(self) -> None:
+        """Take one of the places for readers, until `leave`; MergesBusy when there is none."""
+        if not self._readers.acquire(blocking=False):
+            raise MergesBusy
+
+    def leave(self) -> None:
+        self._readers.release()
+
+    def close(self) -> None:
+        self._opening.shutdown(cancel_futures=True)
+        self._computing.shutdown(cancel_futures=True)
+
+    def _find(self, version: VersionInput, dtype: MergeDtype) -> "Future[MergedCheckpoint]":
+        key = (version.base.digest, version.digest, dtype)
+        with self._lock:
+            future = self._checkpoints.get(key)
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._checkpoints[key] = self._opening.submit(self._open, version, dtype, key)
+            self._checkpoints.move_to_end(key)
+            if len(self._checkpoints) > CHECKPOINTS_HELD:
+                self._checkpoints.popitem(last=False)
+        return future
+
+    def _open(self, version: VersionInput, dtype: MergeDtype, key: Hashable) -> MergedCheckpoint:
+        for file in (*version.base.files, *version.files):
+            self._verified.get(file.key, partial(self._verify, file))
+        base = StoredFiles(self._store, {file.path: file for file in version.base.files})
+        adapter = StoredFiles(self._store, {file.path: file for file in version.files})
+        recipe = Recipe.from_json(version.recipe.encode()) if version.recipe else plan(base, adapter)
+        target = None if dtype == "base" else DTYPE_NAMES[dtype]
+        return _SharedCheckpoint(base, adapter, recipe, dtype=target, blocks=self._blocks, key=key)
+
+    def _verify(self, file: StoredFile) -> bool:
+        if digest_chunks(self._store.open(file.key)) != (file.sha256, file.size):
+            raise ArtifactCorrupt(key=file.key)
+        return True
+
+
+class _SharedCheckpoint(MergedCheckpoint):
+    """Blocks come from, and go to, a cache of all checkpoints of the process."""
+
+    def __init__(
+        self,
+        base: ByteSource,
+        adapter: ByteSource,
+        recipe: Recipe,
+        *,
+        dtype: str | None,
+        blocks: Shared[Block],
+        key: Hashable,
+    ) -> None:
+        super().__init__(base, adapter, recipe, dtype=dtype)
+        self._blocks, self._key = blocks, key
+
+    def compute(self, piece: Computed, number: int, *, statistics: bool = False) -> Block:
+        make = partial(super().compute, piece, number, statistics=statistics)
+        return self._blocks.get((self._key, piece.output.name, number, statistics), make)
+
+
+def plan(base: ByteSource, adapter: ByteSource) -> Recipe:
+    """The recipe of a version that was published without one."""
+    base_config = strict_json.loads(read_all(base, BASE_CONFIG_FILE, limit=_MAX_DOCUMENT_BYTES) or b"")
+    config = AdapterConfig.from_json(read_all(adapter, CONFIG_FILE, limit=_MAX_DOCUMENT_BYTES) or b"")
+    header = read_header(adapter, WEIGHTS_FILE, max_bytes=ADAPTER_HEADER_BYTES)
+    if header is None:
+        raise NotMergeable
+    return make_recipe(read_index(base).tensors(), base_config, header, config)
