@@ -51,6 +51,12 @@ class Settings(BaseSettings):
         le=30 * 24 * 3600,
         description="How long a job may wait in the queue before it fails, unless it says otherwise",
     )
+    gc_seconds: float = Field(default=3600.0, gt=0, description="How often bytes that nobody refers to are collected")
+    gc_grace_seconds: float = Field(
+        default=24 * 3600.0,
+        gt=0,
+        description="Age at which unreferenced bytes are condemned, and how long they then stay",
+    )
     link_seconds: int = Field(default=900, ge=10, description="Lifetime of a signed download link")
     max_file_bytes: int = Field(default=512 * 2**20, gt=0, description="Largest training file")
     max_base_file_bytes: int = Field(default=64 * 2**30, gt=0, description="Largest single file of a base model")

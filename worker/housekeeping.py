@@ -1,14 +1,19 @@
-"""What any worker does beside its jobs: send wake-ups, collect expired leases. No leader: all of them may."""
+"""What any worker does beside its jobs: send wake-ups, collect dead leases and garbage. No leader: all of them may."""
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Sequence
 
 from registry.db import SessionFactory, transaction
 from registry.errors import Unavailable
+from registry.gc import collect
 from registry.jobs import outbox, reaper
 from registry.jobs.placement import note_worker
+from registry.storage import ObjectStore
 from worker.outages import Outage
+
+log = logging.getLogger(__name__)
 
 
 class Chore:
@@ -68,6 +73,17 @@ def make_presence(sessions: SessionFactory, *, name: str, queues: Sequence[str],
             note_worker(session, name=name, queues=queues, slots=slots)
 
     return Chore("presence", note, seconds=seconds, longest_seconds=seconds)
+
+
+def make_collector(sessions: SessionFactory, store: ObjectStore, *, seconds: float, grace_seconds: float) -> Chore:
+    """Deletes bytes that nobody refers to."""
+
+    def run() -> None:
+        done = collect(sessions, store, grace_seconds=grace_seconds)
+        if done.condemned.objects or done.freed.objects:
+            log.info("garbage: %s condemned, %s freed", done.condemned, done.freed)
+
+    return Chore("collector", run, seconds=seconds, longest_seconds=seconds)
 
 
 def make_reaper(sessions: SessionFactory, *, seconds: float, lease_seconds: float, max_infra_failures: int) -> Chore:
