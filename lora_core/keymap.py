@@ -49,7 +49,8 @@ class Keymap:
     `tied`: parameters that share another's tensor by configuration; without a place of their own, they have none in
     the checkpoint, and `new_names` says how it would be called. `opaque` parameters are computed from the checkpoint
     in a way that is not followed here; the value says which. `experts` are modules whose parameters hold a matrix per
-    expert, with whether that is (in, out). `inferred`: from names alone, which tell nothing of experts.
+    expert, with whether that is (in, out). `linear` are weights of linear layers but the output layer. `inferred`: from
+    names alone, which tell nothing of experts or of layers.
     """
 
     places: Mapping[str, tuple[Place, ...]]
@@ -59,6 +60,7 @@ class Keymap:
     new_names: Mapping[str, str] = field(default_factory=dict)
     opaque: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, bool] = field(default_factory=dict)
+    linear: frozenset[str] = frozenset()
     inferred: bool = False
 
     def parameters_of(self, module: str) -> list[str]:
@@ -71,7 +73,8 @@ class Keymap:
         document: dict[str, Any] = {
             name: dict(getattr(self, name)) for name in ("shapes", "tied", "new_names", "opaque", "experts")
         }
-        document |= {"format": FORMAT, "places": places, "conv1d": sorted(self.conv1d), "inferred": self.inferred}
+        document |= {"format": FORMAT, "places": places, "inferred": self.inferred}
+        document |= {"conv1d": sorted(self.conv1d), "linear": sorted(self.linear)}
         # the order of parameters means something, so that they are not sorted
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -84,7 +87,7 @@ class Keymap:
                 raise BadRecipe(f"this is not a key map of format {FORMAT}")
             document["places"] = {name: tuple(map(_place, found)) for name, found in document["places"].items()}
             document["shapes"] = {name: tuple(shape) for name, shape in document["shapes"].items()}
-            return cls(**document | {"conv1d": frozenset(document["conv1d"])})
+            return cls(**document | {name: frozenset(document[name]) for name in ("conv1d", "linear")})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRecipe(f"this is not a key map: {error}") from None
 

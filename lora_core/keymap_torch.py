@@ -54,6 +54,7 @@ def build_keymap(base_config: Mapping[str, Any], tensors: Mapping[str, TensorInf
         new_names={name: name for name in tied if name not in places and _is_own_name(model, name, shapes)},
         opaque=opaque,
         experts=_experts(model),
+        linear=_linear(model),
     )
 
 
@@ -188,3 +189,13 @@ def _experts(model: Any) -> dict[str, bool]:
         for name, module in model.named_modules()
         if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
     }
+
+
+def _linear(model: Any) -> frozenset[str]:
+    """Weights that bitsandbytes would store in 4 bits: of linear layers, except the output layer."""
+    output = model.get_output_embeddings()
+    return frozenset(
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output
+    )

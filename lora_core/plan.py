@@ -4,19 +4,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_core import strict_json
 from lora_core.adapter_names import AdaptedModule, adapted_modules
+from lora_core.architectures import ARCHITECTURES
 from lora_core.changes import Adapted, Changes, find_changes, needed_parameters
 from lora_core.errors import BadBase, KeyMismatch, ShapeMismatch
 from lora_core.floats import FLOATS
 from lora_core.gate import read_adapter_header, read_config_bytes
 from lora_core.header import Header, TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap, Place, infer_keymap
+from lora_core.nf4 import BLOCK
 from lora_core.peft_config import AdapterConfig, matches
 from lora_core.recipe import LowRank, Recipe, TensorRecipe
 from lora_core.shards import ShardIndex, open_checkpoint
+
+Start = Literal["original", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,16 @@ class MergePlan:
     recipe: Recipe
 
 
-def plan_merge(base_dir: Path, adapter_dir: Path, *, keymap: Keymap | None = None) -> MergePlan:
+def plan_merge(
+    base_dir: Path, adapter_dir: Path, *, keymap: Keymap | None = None, start: Start = "original"
+) -> MergePlan:
     """Match every adapter tensor to the tensors of the base, or raise KeyMismatch or ShapeMismatch."""
     index = open_checkpoint(base_dir)
     config = AdapterConfig.from_json(read_config_bytes(adapter_dir))
     header = read_adapter_header(adapter_dir)
     base_config = strict_json.loads((base_dir / "config.json").read_bytes())
-    return MergePlan(index, header, make_recipe(index.tensors(), base_config, header, config, keymap=keymap))
+    recipe = make_recipe(index.tensors(), base_config, header, config, keymap=keymap, start=start)
+    return MergePlan(index, header, recipe)
 
 
 def make_recipe(
@@ -44,12 +51,14 @@ def make_recipe(
     config: AdapterConfig,
     *,
     keymap: Keymap | None = None,
+    start: Start = "original",
 ) -> Recipe:
     """The recipe of a merge, from the base's tensors and config.json and the adapter's header and configuration.
 
     Every tensor of the adapter is used, but for empty ones of modules that AdaLoRA pruned away. Without a `keymap`
     one is inferred from names. Where input and output layer are tied and the adapter makes them differ, the recipe
-    writes both and says so in `config_changes`.
+    writes both and says so in `config_changes`. With `start` = "nf4" linear layers, adapted or not, start from what
+    4 bits leave of them: the W0 that a QLoRA training saw.
     """
     modules = adapted_modules(adapter)
     needed = needed_parameters(modules, config)
@@ -66,6 +75,8 @@ def make_recipe(
             recipes[place.tensor] = _joined(before, recipe) if before else recipe
     config_changes = _untied(base_config) if untied else {}
     config_changes |= _vocabulary(recipes, tensors)
+    if start == "nf4":
+        _quantise(recipes, tensors, keymap, base_config)
     used = set().union(*(recipe.adapter_tensors() for recipe in recipes.values()))
     if unused := [tensor.name for tensor in adapter.tensors if tensor.name not in used and 0 not in tensor.shape]:
         raise KeyMismatch(f"{unused[0]} would be used nowhere", missing=unused)
@@ -155,7 +166,7 @@ def _whole(base: TensorInfo, parameter: str, changes: Changes) -> TensorRecipe:
     recipe = _tensor_recipe(base)
     if replaced := changes.replaced.get(parameter):
         shape = replaced.tensor.shape
-        resized = parameter.rpartition(".")[0].rpartition(".")[2] in (*EMBEDDINGS, *OUTPUT_LAYERS)
+        resized = _layer(parameter) in (*EMBEDDINGS, *OUTPUT_LAYERS)
         if shape[1:] != base.shape[1:] or (shape != base.shape and not resized):
             raise ShapeMismatch(f"{base.name} has shape {list(base.shape)}, {replaced.tensor.name} {list(shape)}")
         recipe = replace(recipe, base=None, replaced_by=replaced.tensor.name, shape=shape)
@@ -201,6 +212,38 @@ def _joined(first: TensorRecipe, second: TensorRecipe) -> TensorRecipe:
     return replace(first, terms=first.terms + second.terms)
 
 
+def _quantise(
+    recipes: dict[str, TensorRecipe],
+    tensors: Mapping[str, TensorInfo],
+    keymap: Keymap,
+    base_config: Mapping[str, Any],
+) -> None:
+    """Have the tensors of linear layers start from their 4-bit numbers."""
+    if keymap.inferred and base_config.get("model_type") not in ARCHITECTURES:
+        raise KeyMismatch("which layers are linear can be told only by a key map made with transformers")
+    weights = sorted(
+        name
+        for name, tensor in tensors.items()
+        if keymap.inferred and len(tensor.shape) == 2 and _layer(name) not in (*EMBEDDINGS, *OUTPUT_LAYERS)
+    )
+    for parameter in sorted(keymap.linear):
+        if parameter.rpartition(".")[0] in keymap.conv1d or not keymap.places[parameter][0].is_whole:
+            raise KeyMismatch(f"{parameter} is not stored as it is computed with; its 4-bit numbers are not known")
+        weights.append(keymap.places[parameter][0].tensor)
+    for name in weights:
+        recipe = recipes.get(name) or _tensor_recipe(tensors[name])
+        if recipe.base != name or recipe.columns % BLOCK:
+            raise KeyMismatch(
+                f"{name} cannot be taken in 4 bits: it is replaced, or its rows are no multiple of {BLOCK}"
+            )
+        recipes[name] = replace(recipe, quantised="nf4")
+
+
+def _layer(tensor: str) -> str:
+    """The module's own name: model.embed_tokens.weight → embed_tokens."""
+    return tensor.rpartition(".")[0].rpartition(".")[2]
+
+
 def _untied(base_config: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {"tie_word_embeddings": False}
     text = base_config.get("text_config")
@@ -214,7 +257,7 @@ def _vocabulary(recipes: Mapping[str, TensorRecipe], tensors: Mapping[str, Tenso
     layers = {
         name: recipes[name].shape[0] if name in recipes else tensors[name].shape[0]
         for name in (*tensors, *recipes)
-        if name.endswith(".weight") and name.rpartition(".")[0].rpartition(".")[2] in (*EMBEDDINGS, *OUTPUT_LAYERS)
+        if name.endswith(".weight") and _layer(name) in (*EMBEDDINGS, *OUTPUT_LAYERS)
     }
     if all(name in tensors and tensors[name].shape[0] == size for name, size in layers.items() if name in tensors):
         return {}

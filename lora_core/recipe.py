@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from lora_core import strict_json
 from lora_core.errors import BadRecipe
@@ -37,7 +37,8 @@ class LowRank:
 class TensorRecipe:
     """One output tensor: what it starts from, and what is done to it, in this order.
 
-    Start: the base tensor `base`, or, if `base` is None, the adapter tensor `replaced_by`. Then `new_rows`, an
+    Start: the base tensor `base`, as it is or as 4-bit numbers leave it (`quantised`, lora_core.nf4), or, if `base` is
+    None, the adapter tensor `replaced_by`. Then `new_rows`, an
     adapter tensor, replaces the rows `row_indices`; then the `terms` are added; then, with `magnitude`, each row
     (each column, if `magnitude_of_columns`) is scaled to the norm that this adapter tensor gives (DoRA,
     arXiv:2402.09353). Arithmetic sees the tensor as a matrix with `columns` columns.
@@ -47,6 +48,7 @@ class TensorRecipe:
     dtype: str
     shape: tuple[int, ...]
     columns: int
+    quantised: Literal["nf4"] | None = None
     replaced_by: str | None = None
     new_rows: str | None = None
     row_indices: tuple[int, ...] = ()
@@ -57,7 +59,7 @@ class TensorRecipe:
     @property
     def is_copy(self) -> bool:
         """Whether the numbers are those of `base`, under this or another name."""
-        return self.base is not None and not (self.new_rows or self.terms or self.magnitude)
+        return self.base is not None and not (self.quantised or self.new_rows or self.terms or self.magnitude)
 
     def adapter_tensors(self) -> set[str]:
         """Names of all adapter tensors this one needs."""
@@ -112,6 +114,7 @@ def _tensor(value: dict[str, Any]) -> TensorRecipe:
     names = (tensor.base, tensor.replaced_by, tensor.new_rows, tensor.magnitude)
     _expect(all(name is None or isinstance(name, str) for name in names))
     _expect((tensor.base is None) == (tensor.replaced_by is not None))
+    _expect(tensor.quantised is None or (tensor.quantised == "nf4" and tensor.base is not None))
     _expect(tensor.dtype in FLOATS and isinstance(tensor.magnitude_of_columns, bool))
     _expect(_naturals(tensor.shape) and type(tensor.columns) is int and tensor.columns > 0)
     rows, rest = divmod(prod(tensor.shape), tensor.columns)

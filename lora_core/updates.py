@@ -1,13 +1,14 @@
 """The arithmetic of a recipe: what is done to the rows of one tensor, in float64, block by block."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
 import numpy as np
 
+from lora_core import nf4
 from lora_core.errors import BadAdapter, KeyMismatch, NonFinite
 from lora_core.floats import FLOATS, Array, widen
 from lora_core.header import ITEM_BYTES, Header, TensorInfo
@@ -111,25 +112,32 @@ class _Update:
         self._row_of = {row: position for position, row in enumerate(tensor.row_indices)}
         self._magnitude = adapter.matrix(tensor.magnitude, 1)[0] if tensor.magnitude else None
         self._column_factors = np.full(tensor.columns, np.nan)  # until prepared
+        self._maxima = self._stored_maxima = np.empty(0, np.float32)
 
     @property
     def squared_norm(self) -> float | None:
-        only_terms = self._tensor.base and not self._row_of and self._magnitude is None
+        tensor = self._tensor
+        only_terms = tensor.base and not (tensor.quantised or tensor.new_rows or tensor.magnitude)
         return sum(term.squared_norm for term in self._terms) if only_terms else None
 
     def prepare(self, read_rows: ReadRows) -> None:
-        """The norms of columns need every row of V = W + ΔW; all else stands for itself."""
-        if self._magnitude is None or not self._tensor.magnitude_of_columns:
-            return
+        """The norms of columns and the maxima of 4-bit blocks need every row; all else stands for itself."""
+        if self._tensor.quantised:
+            self._maxima = np.concatenate([nf4.block_maxima(block) for _, block in self._blocks(read_rows)])
+            self._stored_maxima = nf4.stored_maxima(self._maxima)
+        if self._magnitude is not None and self._tensor.magnitude_of_columns:
+            squares = np.zeros(self._tensor.columns)
+            for first_row, block in self._blocks(read_rows):
+                self._add(block, first_row)
+                squares += np.einsum("ij,ij->j", block, block)
+            self._column_factors = _ratio(self._magnitude, squares)
+
+    def _blocks(self, read_rows: ReadRows) -> Iterator[tuple[int, Array]]:
         columns = self._tensor.columns
-        squares = np.zeros(columns)
         rows = prod(self._tensor.shape) // columns
         for begin in range(0, rows, _PREPARED_ROWS):
             end = min(begin + _PREPARED_ROWS, rows)
-            block = read_rows(begin, end) if self._tensor.base else np.empty((end - begin, columns))
-            self._add(block, begin)
-            squares += np.einsum("ij,ij->j", block, block)
-        self._column_factors = _ratio(self._magnitude, squares)
+            yield begin, read_rows(begin, end) if self._tensor.base else np.empty((end - begin, columns))
 
     def apply(self, values: Array, first_row: int) -> None:
         self._add(values, first_row)
@@ -144,6 +152,8 @@ class _Update:
     def _add(self, values: Array, first_row: int) -> None:
         """Everything but the magnitude."""
         last_row, columns = first_row + len(values), self._tensor.columns
+        if self._tensor.quantised:
+            self._quantise(values, first_row)
         if self._tensor.replaced_by:
             values[:] = self._adapter.rows(self._tensor.replaced_by, first_row, last_row, columns)
         for row in range(first_row, last_row) if self._row_of else ():
@@ -154,6 +164,13 @@ class _Update:
             if begin < end:
                 left = term.left[begin - term.first : end - term.first]
                 add_product(values[begin - first_row : end - first_row], left, term.right)
+
+    def _quantise(self, values: Array, first_row: int) -> None:
+        """To 4 bits and back, to the dtype in which the base is stored and training computed."""
+        per_row = self._tensor.columns // nf4.BLOCK
+        blocks = slice(first_row * per_row, (first_row + len(values)) * per_row)
+        left = nf4.round_trip(values, self._maxima[blocks], self._stored_maxima[blocks])
+        values[:] = nf4.to_dtype(left, self._tensor.dtype)
 
 
 def add_product(values: Array, left: Array, right: Array) -> None:

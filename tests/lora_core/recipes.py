@@ -12,17 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from lora_core.gate import WEIGHTS_FILE
 from lora_core.keymap import Keymap
-from lora_core.plan import MergePlan, plan_merge
+from lora_core.plan import MergePlan, Start, plan_merge
 from lora_core.recipe import Recipe, TensorRecipe
 from lora_core.shards import ByteReader
 from lora_core.updates import AdapterReader, load_update
 
 
 def carry_out(
-    base: Path, adapter: Path, *, keymap: Keymap | None = None, rows: int = 7
+    base: Path, adapter: Path, *, keymap: Keymap | None = None, start: Start = "original", rows: int = 7
 ) -> tuple[MergePlan, dict[str, np.ndarray]]:
     """Every tensor of the merged checkpoint as float64, computed `rows` rows at a time from a recipe out of JSON."""
-    plan = plan_merge(base, adapter, keymap=keymap)
+    plan = plan_merge(base, adapter, keymap=keymap, start=start)
     recipe = Recipe.from_json(plan.recipe.to_json())
     assert recipe == plan.recipe
     merged = {name: tensor.double().numpy() for name, tensor in read_weights(base).items()}

@@ -173,7 +173,8 @@ def test_a_recipe_survives_json_with_every_field():
         magnitude="M",
         magnitude_of_columns=True,
     )
-    recipe = Recipe({"x": tensor}, {"tie_word_embeddings": False})
+    quantised = TensorRecipe(base="y", dtype="F32", shape=(2, 64), columns=64, quantised="nf4")
+    recipe = Recipe({"x": tensor, "y": quantised}, {"tie_word_embeddings": False})
     assert Recipe.from_json(recipe.to_json()) == recipe
     assert tensor.adapter_tensors() == {"A", "B", "E", "R", "N", "b", "M"}
 
@@ -239,6 +240,7 @@ def test_a_term_of_wrong_types_is_refused(values):
         {"columns": 0},
         {"replaced_by": 1},
         {"base": None},
+        {"quantised": "int8"},
         {"row_indices": ["1"]},
         {"row_indices": [1]},
         {"new_rows": "x", "row_indices": [4]},
