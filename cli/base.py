@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Base models.")
 @app.command("add")
 def add(
     name: Annotated[str, typer.Argument(help="Its name in the catalogue, such as Qwen/Qwen3-0.6B.")],
-    origin: Annotated[str, typer.Option("--from", help="A folder, or hub:org/name[@revision].")],
+    origin: Annotated[str, typer.Option("--from", help=r"A folder, or hub:org/name\[@revision].")],
 ) -> None:
     """Upload a base model and register it."""
     from cli.base_source import find_base  # numpy, which no other command waits for
