@@ -334,7 +334,9 @@ def test_watching_a_job_that_fails_ends_with_its_reason(depot: Depot, run: Run, 
 
 def test_ctrl_c_stops_watching_and_not_the_job(depot: Depot, run: Run, rows: str) -> None:
     job = submit(run, rows)
-    command = [sys.executable, "-m", "cli.main", "jobs", "watch", job]
+    # Where the tests run in the background SIGINT may be ignored, and a child inherits that; a terminal's is not.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cli.main import app; app()"
+    command = [sys.executable, "-c", start, "jobs", "watch", job]
     process = subprocess.Popen(
         command, env={**os.environ, **depot.env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
