@@ -13,8 +13,11 @@ COPY cli ./cli
 COPY demo ./demo
 
 FROM base AS api
-RUN pip install --constraint constraints.txt --editable '.[api]'
+RUN pip install --constraint constraints.txt --editable '.[api]' \
+ && mkdir -p /var/lib/depot && chown depot /var/lib/depot
 USER depot
+# Uploads lie here until they are in the store.
+ENV DEPOT_WORK_DIR=/var/lib/depot/work
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=6 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]

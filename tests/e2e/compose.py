@@ -23,7 +23,8 @@ def dot_env(**given: str) -> dict[str, str]:
 def service(name: str, variables: Mapping[str, str]) -> dict[str, Any]:
     """One service, with `variables` in place of `${…}`."""
     found: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][name]
-    return {**found, "environment": {k: _filled(str(v), variables) for k, v in found["environment"].items()}}
+    given = {name: variables.get(name) if value is None else value for name, value in found["environment"].items()}
+    return {**found, "environment": {k: _filled(str(v), variables) for k, v in given.items() if v is not None}}
 
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.e2e.compose import ROOT, dockerfile
+from registry.settings import Settings
+from tests.e2e.compose import ROOT, dockerfile, service
 from tests.e2e.stack import clean_environment
 
 COPIED = {line.split()[0] for line in dockerfile("base")["COPY"] if "." not in line.split()[0]}
@@ -34,6 +36,28 @@ def test_an_image_installs_what_its_code_imports(image: str) -> None:
         if not distributions(name) & installed
     }
     assert missing == set()
+
+
+@pytest.mark.parametrize("image", ["api", "worker"])
+def test_an_image_works_in_a_folder_that_its_user_may_write(image: str) -> None:
+    stage = dockerfile(image)
+    folders = dict(pair.split("=") for line in stage["ENV"] for pair in line.split())
+    # Nothing of /app, where it starts, belongs to that user.
+    assert f"chown {stage['USER'][0]} {Path(folders['DEPOT_WORK_DIR']).parent}" in stage["RUN"][0]
+
+
+def test_every_setting_that_the_example_names_reaches_the_containers() -> None:
+    names = set(re.findall(r"^(?:# )?(DEPOT_\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert names == {f"DEPOT_{field.upper()}" for field in Settings.model_fields}
+    own = {pair.split("=")[0] for line in dockerfile("worker")["ENV"] for pair in line.split()}
+    given = service("worker", dict.fromkeys((*names, *dot_env_secrets()), "7"))["environment"]
+    assert names - own <= given.keys()
+    assert given["DEPOT_LINK_SECONDS"] == "7"
+
+
+def dot_env_secrets() -> list[str]:
+    """The names that .env.example leaves empty."""
+    return re.findall(r"^(\w+)=$", (ROOT / ".env.example").read_text(), re.MULTILINE)
 
 
 def requirements(name: str, *extras: str) -> set[str]:
