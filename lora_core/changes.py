@@ -8,7 +8,7 @@ from lora_core.adapter_names import AdaptedModule, require
 from lora_core.errors import KeyMismatch, ShapeMismatch
 from lora_core.header import TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap
-from lora_core.peft_config import AdapterConfig, matches
+from lora_core.peft_config import AdapterConfig, ends, matches
 from lora_core.recipe import LowRank
 
 Shape = tuple[int, ...]
@@ -190,10 +190,10 @@ def _indices(path: str, new_rows: TensorInfo, config: AdapterConfig) -> tuple[in
 def _is_announced(path: str, name: str, config: AdapterConfig) -> bool:
     """Whether a parameter stored whole is one that the config says was trained. Others PEFT would ignore, except
     input and output layer: it stores them unasked when the vocabulary was resized."""
-    parents = [path]
+    saved, parents = set(config.modules_to_save), [path]
     while "." in parents[-1]:
         parents.append(parents[-1].rpartition(".")[0])
-    if any(matches(parent, saved) for parent in parents for saved in config.modules_to_save):
+    if not all(saved.isdisjoint(ends(parent)) for parent in parents):
         return True
     if name == "bias" and config.bias != "none":
         return True

@@ -6,7 +6,7 @@ Wider than `LoraConfig`, which is what is trained here. What this release cannot
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lora_core import strict_json
@@ -59,8 +59,9 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | None
     target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    # in the order of the file
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     # by module name; the key "" is the input embedding
     trainable_token_indices: Mapping[str, tuple[int, ...]]
     bias: str = "none"
@@ -98,8 +99,8 @@ class AdapterConfig:
             target_parameters=_names("target_parameters", document.get("target_parameters")),
             modules_to_save=_names("modules_to_save", document.get("modules_to_save")),
             # of AdaLoRA this is what was pruned, which the shapes tell as well
-            rank_pattern=() if adalora else tuple(_pattern("rank_pattern", document, 1, MAX_RANK)),
-            alpha_pattern=tuple(_pattern("alpha_pattern", document, 0, 1e9)),
+            rank_pattern={} if adalora else dict(_pattern("rank_pattern", document, 1, MAX_RANK)),
+            alpha_pattern=dict(_pattern("alpha_pattern", document, 0, 1e9)),
             trainable_token_indices=dict(_tokens(document.get("trainable_token_indices"))),
             bias=document.get("bias", "none"),
             init_r=int(init_r) if init_r else None,
@@ -111,6 +112,15 @@ class AdapterConfig:
 def matches(path: str, name: str) -> bool:
     """PEFT's rule for lists of names: the whole path or a dotted end of it."""
     return path == name or path.endswith("." + name)
+
+
+def ends(path: str) -> Iterator[str]:
+    """Every name that `matches` the path, the whole path first."""
+    while True:
+        yield path
+        _, dot, path = path.partition(".")
+        if not dot:
+            return
 
 
 def _document(data: bytes) -> dict[str, Any]:
@@ -150,12 +160,12 @@ def _check_init(init: Any) -> None:
         raise BadConfig(f"init_lora_weights is {str(init)[:80]!r}, which is not known here")
 
 
-def _lookup(pattern: tuple[tuple[str, float], ...], path: str, default: Any) -> Any:
+def _lookup(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that PEFT would match: a dotted end of the path, or with ^ all of it."""
-    for key, value in pattern:
-        if path == key.removeprefix("^") or path.endswith("." + key):
-            return value
-    return default
+    found = [key for key in (f"^{path}", *ends(path)) if key in pattern]
+    if len(found) < 2:
+        return pattern[found[0]] if found else default
+    return next(value for key, value in pattern.items() if key in found)
 
 
 def _pattern(name: str, document: Mapping[str, Any], low: float, high: float) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from lora_core.gate import read_adapter_header, read_config_bytes
 from lora_core.header import Header, TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap, Place, infer_keymap
 from lora_core.nf4 import BLOCK
-from lora_core.peft_config import AdapterConfig, matches
+from lora_core.peft_config import AdapterConfig, ends
 from lora_core.recipe import LowRank, Recipe, TensorRecipe
 from lora_core.shards import ShardIndex, open_checkpoint
 
@@ -105,12 +105,11 @@ def _check_targets(modules: list[AdaptedModule], config: AdapterConfig, tensors:
     names = {*config.target_modules, *(target.rpartition(".")[0] for target in config.target_parameters)}
     for path in sorted(paths):
         tied = config.ensure_weight_tying and path.rpartition(".")[2] in OUTPUT_LAYERS
-        if not tied and not any(matches(path, name) for name in names):
+        if not tied and names.isdisjoint(ends(path)):
             raise KeyMismatch(f"{path} has tensors but is not in target_modules")
-    unused = [name for name in config.target_modules if not any(matches(path, name) for path in paths)]
-    for name in unused:
-        if any(matches(tensor.rpartition(".")[0], name) for tensor in tensors):
-            raise KeyMismatch(f"target_modules names {name}, of which the file has no tensor")
+    unused = set(config.target_modules).difference(*map(ends, paths))
+    if lacking := sorted(unused.intersection(end for name in tensors for end in ends(name.rpartition(".")[0]))):
+        raise KeyMismatch(f"target_modules names {lacking[0]}, of which the file has no tensor")
 
 
 def _untie(changes: Changes, keymap: Keymap, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorRecipe], bool]:
