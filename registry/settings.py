@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     reaper_seconds: float = Field(default=15.0, gt=0, description="How often expired leases are collected")
     poll_seconds: float = Field(default=5.0, gt=0, description="How often an idle slot asks Postgres for work")
     relay_seconds: float = Field(default=1.0, gt=0, description="How often unsent wake-ups are sent to Redis")
+    checkpoint_seconds: float = Field(
+        default=600.0, gt=0, description="How often a training job saves where it could go on from"
+    )
     max_infra_failures: int = Field(
         default=10, ge=0, description="Lost workers and outages a job survives before it fails"
     )

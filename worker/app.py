@@ -14,7 +14,7 @@ from kombu.entity import Queue
 from registry.settings import Settings
 from worker.service import Service, make_service
 
-STOP_SECONDS = 20.0  # longer than a child's grace, shorter than what `up` and compose wait
+STOP_SECONDS = 25.0  # longer than a child's grace and the storing of its checkpoint, shorter than what `up` waits
 
 settings = Settings()
 queues = [name.strip() for name in settings.queues.split(",") if name.strip()]

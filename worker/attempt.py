@@ -65,10 +65,14 @@ class Attempt:
 
     def check(self) -> None:
         """Raise FenceLost, CancelRequested or Drained if the attempt was asked to end."""
-        with self._lock:
-            reason = self._reason
-        if reason is not None:
+        if reason := self.reason:
             raise _ERRORS[reason]
+
+    @property
+    def reason(self) -> Stop | None:
+        """Why the attempt was asked to end, if it was."""
+        with self._lock:
+            return self._reason
 
     def wait(self, seconds: float) -> None:
         """Sleep, unless the attempt is asked to end."""

@@ -37,7 +37,8 @@ def main(workspace: Path) -> int:
     """The exit code: 0 with a result, EXIT_STOPPED when asked to stop, EXIT_FAILED with an error message."""
     reporter = Reporter(take_stdout())
     threading.Thread(target=die_with_supervisor, name="life-line", daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: on_sigterm(reporter))
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: stop(reporter, drain=False))
+    signal.signal(signal.SIGUSR1, lambda _signal, _frame: stop(reporter, drain=True))
     try:
         reporter.write(do_task(workspace, reporter))
     except Stopped:
@@ -73,9 +74,9 @@ def die_with_supervisor() -> None:
     os._exit(EXIT_STOPPED)
 
 
-def on_sigterm(reporter: Reporter) -> None:
+def stop(reporter: Reporter, *, drain: bool) -> None:
     """Let a step that has begun end; before the first one there is nothing worth waiting for."""
-    reporter.stop()
+    reporter.stop(drain=drain)
     if not reporter.in_steps:
         os._exit(EXIT_STOPPED)
 

@@ -22,6 +22,7 @@ class Host:
     lease_seconds: float
     heartbeat_seconds: float
     max_infra_failures: int
+    checkpoint_seconds: float
     threads: int
     grace_seconds: float
     child_argv: Sequence[str]

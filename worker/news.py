@@ -53,6 +53,12 @@ class News:
                 self._last_metrics = now
                 self._add_held()
 
+    def checkpoint(self, step: int) -> None:
+        """What was done up to this step is safe."""
+        with self._lock:
+            self._progress["checkpoint_step"] = step
+            self._changed = True
+
     def flush(self) -> None:
         """Make an event of the last step, if it is none yet."""
         with self._lock:

@@ -54,6 +54,22 @@ class NoteMessage(Message):
     message: Text
 
 
+class CheckpointMessage(Message):
+    """All of the run's state after `step` lies in `checkpoints/<step>/`."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: Count
+    metrics: Metrics = Field(default_factory=dict)
+
+
+class ResumedMessage(Message):
+    """The run goes on from the given checkpoint; without `differences`, with the bits it would have had anyway."""
+
+    type: Literal["resumed"] = "resumed"
+    step: Count
+    differences: Annotated[list[Annotated[str, Field(max_length=500)]], Field(max_length=64)]
+
+
 class ResultMessage(Message):
     """The work is done; its files lie in `out/`."""
 
@@ -71,7 +87,8 @@ class ErrorMessage(Message):
     message: Text
 
 
-AnyMessage = PhaseMessage | StepMessage | NoteMessage | ResultMessage | ErrorMessage
+CheckpointNews = CheckpointMessage | ResumedMessage
+AnyMessage = PhaseMessage | StepMessage | NoteMessage | CheckpointNews | ResultMessage | ErrorMessage
 _PARSER: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="type")])
 
 

@@ -4,6 +4,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any
@@ -93,21 +94,23 @@ def store_outputs(host: Host, attempt: Attempt, out: Path, files: Sequence[Outpu
     blobs = {}
     for file in files:
         attempt.check()
-
-        def store(file: OutputFile = file) -> uuid.UUID:
-            return store_file(
-                host.sessions,
-                host.store,
-                out / file.path,
-                sha256=file.sha256,
-                size=file.size,
-                tenant_id=attempt.tenant_id,
-                job_id=attempt.job_id,
-                fence=attempt.fence,
-            )
-
+        store = partial(store_output, host, attempt, out, file)
         blobs[file.path] = persist(store, attempt.wait, f"storing {file.path} of {attempt}")
     return blobs
+
+
+def store_output(host: Host, attempt: Attempt, out: Path, file: OutputFile) -> uuid.UUID:
+    """Upload one file; its blob belongs to this attempt."""
+    return store_file(
+        host.sessions,
+        host.store,
+        out / file.path,
+        sha256=file.sha256,
+        size=file.size,
+        tenant_id=attempt.tenant_id,
+        job_id=attempt.job_id,
+        fence=attempt.fence,
+    )
 
 
 def conclude(attempt: Attempt, heart: Heart, publish: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from typing import Literal
 
 from worker.protocol import Message, NoteMessage, Phase, PhaseMessage, StepMessage, write
 
@@ -17,6 +18,7 @@ class Reporter:
         self._stream = os.fdopen(descriptor, "wb")
         self._stop = threading.Event()
         self.in_steps = False
+        self.is_draining = False
 
     def write(self, message: Message) -> None:
         try:
@@ -28,17 +30,20 @@ class Reporter:
         self.in_steps = phase in ("training", "merging")
         self.write(PhaseMessage(phase=phase, total_steps=total_steps))
 
-    def note(self, message: str) -> None:
-        self.write(NoteMessage(message=message))
+    def note(self, message: str, *, level: Literal["info", "warn"] = "info") -> None:
+        self.write(NoteMessage(message=message, level=level))
 
     def step(self, step: StepMessage) -> None:
-        """Tell about a finished step; raises Stopped when there shall be no next one."""
         self.write(step)
-        self.check()
 
-    def stop(self) -> None:
+    def stop(self, *, drain: bool = False) -> None:
+        """There shall be no next step; with `drain`, what was done so far shall be kept."""
+        self.is_draining |= drain
         self._stop.set()
 
+    def is_stopped(self) -> bool:
+        return self._stop.is_set()
+
     def check(self) -> None:
-        if self._stop.is_set():
+        if self.is_stopped():
             raise Stopped

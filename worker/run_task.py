@@ -1,20 +1,29 @@
 """One task in one child process, and what its ending means for this machine."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from worker.attempt import Attempt
 from worker.child_env import child_env
 from worker.errors import JobFailed
 from worker.host import Host
-from worker.protocol import ResultMessage
+from worker.protocol import CheckpointNews, ResultMessage
 from worker.supervisor import Ending, result_of, run_child
 from worker.task import Task, write_task
 
 log = logging.getLogger(__name__)
 
 
-def run_task(host: Host, attempt: Attempt, task: Task, workspace: Path, *, base_digest: str) -> ResultMessage:
+def run_task(
+    host: Host,
+    attempt: Attempt,
+    task: Task,
+    workspace: Path,
+    *,
+    base_digest: str,
+    on_checkpoint: Callable[[CheckpointNews], None] = lambda _: None,
+) -> ResultMessage:
     """The child's result. Raises why the attempt was stopped, or JobFailed with the class of the child's failure."""
     attempt.check()
     write_task(workspace, task)
@@ -24,6 +33,7 @@ def run_task(host: Host, attempt: Attempt, task: Task, workspace: Path, *, base_
         directory=workspace,
         attempt=attempt,
         grace_seconds=host.grace_seconds,
+        on_checkpoint=on_checkpoint,
     )
     attempt.check()
     try:

@@ -56,7 +56,7 @@ class Service:
 def make_service(settings: Settings, queues: Sequence[str]) -> Service:
     """A worker as these settings describe it."""
     name = worker_name()
-    sessions = make_sessions(make_engine(settings.database_url, pool_size=settings.slots + 4))
+    sessions = make_sessions(make_engine(settings.database_url, pool_size=2 * settings.slots + 4))
     store = open_store(settings)
     host = Host(
         name=name,
@@ -68,6 +68,7 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
         lease_seconds=settings.lease_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
         max_infra_failures=settings.max_infra_failures,
+        checkpoint_seconds=settings.checkpoint_seconds,
         threads=max(1, cpu_count() // settings.slots),
         grace_seconds=GRACE_SECONDS,
         child_argv=CHILD_ARGV,

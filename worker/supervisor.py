@@ -16,10 +16,13 @@ from worker.errors import JobFailed
 from worker.protocol import (
     EXIT_STOPPED,
     AnyMessage,
+    CheckpointMessage,
+    CheckpointNews,
     ErrorMessage,
     NoteMessage,
     PhaseMessage,
     ResultMessage,
+    ResumedMessage,
     StepMessage,
     capped_lines,
     parse,
@@ -71,7 +74,12 @@ class Child:
         return _opened(self._process.stderr)
 
     def terminate(self) -> None:
+        """Ask the child to stop after its step."""
         self._process.send_signal(signal.SIGTERM)
+
+    def drain(self) -> None:
+        """Ask the child to save what it did up to the end of its step, and to stop."""
+        self._process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
         """SIGKILL for the child and everything it started. No-op once it was waited for."""
@@ -98,14 +106,20 @@ class Child:
 
 
 def run_child(
-    argv: Sequence[str], *, env: Mapping[str, str], directory: Path, attempt: Attempt, grace_seconds: float
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    directory: Path,
+    attempt: Attempt,
+    grace_seconds: float,
+    on_checkpoint: Callable[[CheckpointNews], None],
 ) -> Ending:
-    """Run one child to its end, passing what it tells to `attempt.news`.
+    """Run one child to its end, passing what it tells to `attempt.news`, and about checkpoints to `on_checkpoint`.
 
-    Cancel and drain send SIGTERM and, `grace_seconds` later, SIGKILL; a lost fence sends SIGKILL at once."""
+    Cancel sends SIGTERM, drain SIGUSR1, and both SIGKILL `grace_seconds` later; a lost fence SIGKILL at once."""
     child = Child(argv, env=env, directory=directory)
     log.info("%s: child %d started", attempt, child.pid)
-    listener = _Listener(attempt)
+    listener = _Listener(attempt, on_checkpoint)
     readers = [
         _start(lambda: listener.read(child.stdout), f"stdout-{child.pid}"),
         _start(lambda: _copy_log(child.stderr, directory / "log.txt"), f"stderr-{child.pid}"),
@@ -143,8 +157,9 @@ def result_of(ending: Ending) -> ResultMessage:
 class _Listener:
     """Turns the child's messages into news; keeps its last verdict."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, on_checkpoint: Callable[[CheckpointNews], None]) -> None:
         self._news = attempt.news
+        self._on_checkpoint = on_checkpoint
         self.verdict: ResultMessage | ErrorMessage | None = None
 
     def read(self, stream: IO[bytes]) -> None:
@@ -161,6 +176,8 @@ class _Listener:
                 self._news.step(message)
             case NoteMessage():
                 self._news.note(message.message, level=message.level)
+            case CheckpointMessage() | ResumedMessage():
+                self._on_checkpoint(message)
             case ResultMessage() | ErrorMessage():
                 self.verdict = message
 
@@ -179,7 +196,10 @@ class _Stopper:
         if reason is Stop.LOST:
             self._child.kill()
             return
-        self._child.terminate()
+        if reason is Stop.DRAIN:
+            self._child.drain()
+        else:
+            self._child.terminate()
         with self._lock:
             if not self._armed:
                 self._armed = True

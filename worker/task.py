@@ -9,6 +9,7 @@ from registry.jobs.spec import MergeDtype, TrainSpec
 
 TASK_FILE = "task.json"
 OUT = "out"
+CHECKPOINTS = "checkpoints"
 
 
 class TrainTask(BaseModel):
@@ -18,11 +19,14 @@ class TrainTask(BaseModel):
 
     kind: Literal["train"] = "train"
     base_dir: Path
+    base_digest: str
     base_model: str  # its name in the catalogue; goes into adapter_config.json
     revision: str | None
     training_file: Path
     validation_file: Path | None
     spec: TrainSpec
+    resume_from: Path | None  # a folder with a checkpoint of this job
+    checkpoint_seconds: float
     threads: int
 
 

@@ -12,6 +12,7 @@ from lora_core.adapter import save_adapter
 from lora_core.config import LoraConfig
 from lora_core.data import Dataset, tokenize_rows
 from lora_core.errors import BadConfig, DatasetError
+from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import inject, lora_layers
 from lora_core.model import load_base
 from lora_core.rows import read_rows
@@ -19,8 +20,9 @@ from lora_core.train import StepReport, TrainConfig, TrainResult, train
 from registry.jobs.spec import TrainSpec
 from worker.protocol import ResultMessage, StepMessage
 from worker.recipe_child import write_recipe
-from worker.reporter import Reporter
-from worker.task import OUT, TrainTask
+from worker.reporter import Reporter, Stopped
+from worker.saver import Saver, find_state
+from worker.task import CHECKPOINTS, OUT, TrainTask
 
 
 def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter) -> ResultMessage:
@@ -36,15 +38,25 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter) -> Resul
         validation = tokenize(tokenizer, task.validation_file, max_length, "validation", reporter)
     config = adapter_config(task)
     inject(model, config, seed=task.spec.seed)
+    settings = train_config(task.spec)
+    fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest)
+    state = find_state(task, fingerprint, reporter)
+    saver = Saver(workspace / CHECKPOINTS, fingerprint, reporter, seconds=task.checkpoint_seconds, resumed=bool(state))
     reporter.phase("training")
     started = time.monotonic()
     result = train(
         model,
         training.examples,
-        train_config(task.spec),
+        settings,
         eval_examples=validation.examples if validation else None,
-        on_step=step_teller(reporter, started),
+        on_step=step_teller(reporter, started, first=state.step if state else 0),
+        should_stop=reporter.is_stopped,
+        resume_from=state,
+        on_checkpoint=saver.save,
+        should_checkpoint=saver.is_due,
     )
+    if result.stopped:
+        raise Stopped
     seconds = time.monotonic() - started
     require_change(model)
     reporter.phase("saving")
@@ -94,8 +106,8 @@ def train_config(spec: TrainSpec) -> TrainConfig:
     )
 
 
-def step_teller(reporter: Reporter, started: float) -> Callable[[StepReport], None]:
-    """Tells every step to the supervisor; the first step after a request to stop raises Stopped."""
+def step_teller(reporter: Reporter, started: float, *, first: int) -> Callable[[StepReport], None]:
+    """Tells every step to the supervisor. `first` steps were done before `started`."""
 
     def tell(report: StepReport) -> None:
         elapsed = time.monotonic() - started
@@ -107,7 +119,7 @@ def step_teller(reporter: Reporter, started: float) -> Callable[[StepReport], No
                 learning_rate=report.lr,
                 grad_norm=report.grad_norm,
                 tokens_per_second=report.tokens_per_second,
-                eta_seconds=elapsed / report.step * (report.total_steps - report.step),
+                eta_seconds=elapsed / (report.step - first) * (report.total_steps - report.step),
                 valid_loss=report.eval_loss,
             )
         )

@@ -7,10 +7,11 @@ from registry.models import Job
 from worker.attempt import Attempt
 from worker.heart import Heart
 from worker.host import Host
-from worker.inputs import fetch_base, fetch_file, read_inputs
+from worker.inputs import fetch_base, fetch_checkpoint, fetch_file, read_inputs
+from worker.keeper import keep_checkpoints
 from worker.publish import publish_adapter
 from worker.run_task import run_task
-from worker.task import OUT, TrainTask
+from worker.task import CHECKPOINTS, OUT, TrainTask
 
 
 def run_train(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: Path) -> None:
@@ -24,12 +25,16 @@ def run_train(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
         validation_file = fetch_file(host, attempt, inputs.validation, workspace / "valid.jsonl")
     task = TrainTask(
         base_dir=base_dir,
+        base_digest=inputs.base.digest,
         base_model=inputs.base.name,
         revision=inputs.base.revision,
         training_file=training_file,
         validation_file=validation_file,
         spec=inputs.spec,
+        resume_from=fetch_checkpoint(host, attempt, job, workspace / "resume"),
+        checkpoint_seconds=host.checkpoint_seconds,
         threads=host.threads,
     )
-    result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest)
+    with keep_checkpoints(host, attempt, workspace / CHECKPOINTS) as keeper:
+        result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest, on_checkpoint=keeper.hear)
     publish_adapter(host, attempt, heart, inputs, out=workspace / OUT, result=result)

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from registry.base_models import base_files
 from registry.errors import FileNotFound, VersionNotFound
+from registry.jobs.checkpoints import newest_checkpoints
 from registry.jobs.spec import MergeSpec, TrainSpec
 from registry.models import BaseModel, Blob, File, Job, Version, VersionFile
 
@@ -29,6 +30,15 @@ class BaseInput:
     name: str
     revision: str | None
     digest: str
+    files: tuple[StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInput:
+    """Where a job can go on from."""
+
+    id: uuid.UUID
+    step: int
     files: tuple[StoredFile, ...]
 
 
@@ -87,6 +97,14 @@ def version_input(session: Session, version: Version) -> VersionInput:
         files=tuple(_stored(file.path, file.blob) for file in files),
         recipe=version.merge_recipe,
     )
+
+
+def checkpoint_inputs(session: Session, job: Job) -> list[CheckpointInput]:
+    """What an interrupted job can go on from, furthest first."""
+    return [
+        CheckpointInput(row.id, row.step, tuple(_stored(file.path, file.blob) for file in row.files))
+        for row in newest_checkpoints(session, job.id)
+    ]
 
 
 def _base(session: Session, base_model_id: uuid.UUID) -> BaseInput:

@@ -63,6 +63,7 @@ def host(depot: Depot, adapter_dir: Path, tmp_path: Path) -> Iterator[Host]:
         lease_seconds=4.0,
         heartbeat_seconds=0.1,
         max_infra_failures=3,
+        checkpoint_seconds=3600.0,
         threads=1,
         grace_seconds=0.3,
         child_argv=(sys.executable, str(Path(__file__).parent / "fake_child.py"), str(adapter_dir)),
@@ -90,7 +91,11 @@ def start_worker(
     log = tmp_path / "worker.log"
 
     def start(
-        app: str = "tests.worker.fake_app", *, redis_url: str = valkey_url, poll_seconds: float = 0.5
+        app: str = "tests.worker.fake_app",
+        *,
+        redis_url: str = valkey_url,
+        poll_seconds: float = 0.5,
+        checkpoint_seconds: float = 600.0,
     ) -> WorkerProcess:
         env = worker_env(
             database_url=database_url,
@@ -98,6 +103,7 @@ def start_worker(
             objects=tmp_path / "objects",
             home=tmp_path,
             poll_seconds=poll_seconds,
+            checkpoint_seconds=checkpoint_seconds,
         )
         started.append(WorkerProcess({**env, "FAKE_ADAPTER": str(adapter_dir)}, log, app=app))
         return started[-1]

@@ -155,7 +155,13 @@ class WorkerProcess:
 
 
 def worker_env(
-    *, database_url: str, redis_url: str, objects: Path, home: Path, poll_seconds: float = 0.5
+    *,
+    database_url: str,
+    redis_url: str,
+    objects: Path,
+    home: Path,
+    poll_seconds: float = 0.5,
+    checkpoint_seconds: float = 600.0,
 ) -> dict[str, str]:
     """Settings of a quick worker: short leases, short polls."""
     settings = {
@@ -171,6 +177,7 @@ def worker_env(
         "DEPOT_REAPER_SECONDS": "0.4",
         "DEPOT_POLL_SECONDS": str(poll_seconds),
         "DEPOT_RELAY_SECONDS": "0.2",
+        "DEPOT_CHECKPOINT_SECONDS": str(checkpoint_seconds),
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DEPOT_")}
     return kept | settings

@@ -55,10 +55,12 @@ def main(adapter: Path, workspace: Path) -> int:
     mode = task["spec"]["seed"]
     say(type="phase", phase="training", total_steps=3)
     if mode == LONG:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+        for request in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(request, lambda *_: os._exit(75))
         wait_for_ever()
     if mode == DEAF:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for request in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(request, signal.SIG_IGN)
         wait_for_ever()
     if mode == CRASH:
         sys.stderr.write("Traceback: it broke\n")

@@ -25,11 +25,14 @@ def task(base_dir: Path, tmp_path: Path) -> TrainTask:
     spec = {"lora": LORA, "n_epochs": 2, "batch_size": 4, "max_length": 64, "learning_rate": 1e-2}
     return TrainTask(
         base_dir=base_dir,
+        base_digest="0" * 64,
         base_model="org/base",
         revision="a" * 40,
         training_file=write_jsonl(tmp_path / "train.jsonl", make_rows(8)),
         validation_file=write_jsonl(tmp_path / "valid.jsonl", make_rows(3, "prompt")),
         spec=TrainSpec.model_validate(spec),
+        resume_from=None,
+        checkpoint_seconds=3600.0,
         threads=1,
     )
 

@@ -14,7 +14,7 @@ from registry.db import transaction
 from registry.merges import request_merge
 from registry.models import Merge, MergeFile, Version, VersionFile
 from tests.worker.conftest import StartWorker
-from tests.worker.depot import BASE_NAME, Depot, is_alive, metrics_of, wait_until
+from tests.worker.depot import BASE_NAME, Depot, metrics_of, wait_until
 
 APP = "worker.app"
 
@@ -75,20 +75,3 @@ def check_records(depot: Depot, version: Version, files: list[VersionFile]) -> N
     points = metrics_of(depot.events(version.job_id))
     assert [points[0]["step"], points[-1]["step"]] == [1, 8]
     assert points[-1]["train_loss"] < points[0]["train_loss"]
-
-
-def test_kill_of_the_worker_mid_training_ends_in_exactly_one_version(depot: Depot, start_worker: StartWorker) -> None:
-    worker = start_worker(APP)
-    job_id = depot.submit(n_epochs=100)
-    wait_until(lambda: metrics_of(depot.events(job_id)), seconds=120)
-    (child,) = worker.children()
-    worker.kill()
-    wait_until(lambda: not is_alive(child), what="the trainer to notice that its supervisor is dead")
-
-    start_worker(APP)
-    wait_until(lambda: depot.job(job_id).state == "queued", what="the reaper")
-    assert depot.job(job_id).infra_failures == 1
-    depot.skip_backoff(job_id)
-    wait_until(lambda: depot.job(job_id).state == "succeeded", seconds=200)
-    assert [version.job_id for version in depot.versions()] == [job_id]
-    assert depot.job(job_id).attempt == 2

@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from worker.protocol import ErrorMessage, PhaseMessage, ResultMessage, StepMessage, capped_lines, parse, write
+from worker.protocol import (
+    CheckpointMessage,
+    ErrorMessage,
+    PhaseMessage,
+    ResultMessage,
+    ResumedMessage,
+    StepMessage,
+    capped_lines,
+    parse,
+    write,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +25,8 @@ from worker.protocol import ErrorMessage, PhaseMessage, ResultMessage, StepMessa
         StepMessage(step=1, total_steps=3, loss=0.5),
         ResultMessage(metrics={"train_loss": 0.1}, trained_tokens=4),
         ErrorMessage(error_class="user", code="bad_config", message="r is too large"),
+        CheckpointMessage(step=5, metrics={"train_loss": 0.5}),
+        ResumedMessage(step=5, differences=["torch 2 → 3"]),
     ],
 )
 def test_what_is_written_is_read(message: PhaseMessage) -> None:
@@ -38,6 +50,9 @@ def test_what_is_written_is_read(message: PhaseMessage) -> None:
         b'{"type": "error", "error_class": "drain", "code": "x", "message": "x"}',
         b'{"type": "error", "error_class": "user", "code": "no\\nline", "message": "x"}',
         b'{"type": "result", "metrics": {"a b": 1.0}}',
+        b'{"type": "checkpoint", "step": "../../etc"}',
+        b'{"type": "checkpoint", "step": -5}',
+        b'{"type": "resumed", "step": 5}',
         b'{"type": "note", "message": "' + b"x" * 2001 + b'"}',
         json.dumps({"type": "result", "metrics": {f"m{n}": 1.0 for n in range(65)}}).encode(),
         b"\xff\xfe",

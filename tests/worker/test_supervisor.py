@@ -15,7 +15,7 @@ from tests.worker.depot import wait_until
 from worker.attempt import Attempt, Stop
 from worker.child_env import child_env
 from worker.errors import JobFailed
-from worker.protocol import EXIT_STOPPED, ErrorMessage, ResultMessage
+from worker.protocol import EXIT_STOPPED, CheckpointNews, ErrorMessage, ResultMessage
 from worker.supervisor import LOG_BYTES, Ending, result_of, run_child
 
 NEVER = 3600.0
@@ -27,7 +27,13 @@ def attempt() -> Attempt:
 
 
 @pytest.fixture
-def start(attempt: Attempt, tmp_path: Path) -> Callable[..., Ending]:
+def told() -> list[CheckpointNews]:
+    """What a child told about checkpoints."""
+    return []
+
+
+@pytest.fixture
+def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Callable[..., Ending]:
     """Run the stand-in child; `meanwhile` is called once it has told its first step."""
 
     def run(mode: int, meanwhile: Callable[[], None] = lambda: None, *, grace_seconds: float = NEVER) -> Ending:
@@ -42,7 +48,9 @@ def start(attempt: Attempt, tmp_path: Path) -> Callable[..., Ending]:
         watcher = threading.Thread(target=watch)
         watcher.start()
         env = child_env(tmp_path, threads=1)
-        ending = run_child(argv, env=env, directory=tmp_path, attempt=attempt, grace_seconds=grace_seconds)
+        ending = run_child(
+            argv, env=env, directory=tmp_path, attempt=attempt, grace_seconds=grace_seconds, on_checkpoint=told.append
+        )
         watcher.join()
         return ending
 
