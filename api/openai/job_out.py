@@ -2,14 +2,24 @@
 
 from sqlalchemy.orm import Session
 
-from api.openai.schemas import EventObject, Hyperparameters, JobError, JobObject, Method, Scheduling, Supervised
+from api.openai.schemas import (
+    CheckpointMetrics,
+    CheckpointObject,
+    EventObject,
+    Hyperparameters,
+    JobError,
+    JobObject,
+    Method,
+    Scheduling,
+    Supervised,
+)
 from api.schemas import unix, unix_or_none
 from registry.ids import public_id
 from registry.jobs.names import JobNames, job_names
 from registry.jobs.spec import TrainSpec
 from registry.jobs.states import JobState
 from registry.jobs.suggest import learning_rate_multiplier, suggest_patch
-from registry.models import Job, JobEvent
+from registry.models import Checkpoint, Job, JobEvent
 
 PAUSED = {JobState.QUEUED: "paused", JobState.RUNNING: "pausing"}
 
@@ -70,6 +80,22 @@ def event_object(event: JobEvent) -> EventObject:
         message=event.message,
         type=event.type,
         data=event.data,
+    )
+
+
+def checkpoint_object(checkpoint: Checkpoint, adapter: str) -> CheckpointObject:
+    """A checkpoint row as clients see it."""
+    metrics = checkpoint.metrics
+    return CheckpointObject(
+        id=public_id("ftckpt", checkpoint.id),
+        created_at=unix(checkpoint.created_at),
+        fine_tuned_model_checkpoint=f"{adapter}:ckpt-step-{checkpoint.step}",
+        fine_tuning_job_id=public_id("ftjob", checkpoint.job_id),
+        step_number=checkpoint.step,
+        metrics=CheckpointMetrics(
+            step=checkpoint.step, train_loss=metrics.get("train_loss"), valid_loss=metrics.get("valid_loss")
+        ),
+        bytes=sum(file["size"] for file in checkpoint.manifest["files"]),
     )
 
 

@@ -8,15 +8,16 @@ from fastapi import Header, Query, Request, Response
 
 from api.context import DepotDep, PrincipalDep, SessionDep
 from api.openai.job_accept import REFUSALS, accept, recognise
-from api.openai.job_out import event_object, job_object, show_job
+from api.openai.job_out import checkpoint_object, event_object, job_object, show_job
 from api.openai.job_request import CREATE, JobCreate
-from api.openai.schemas import EventObject, JobObject
+from api.openai.schemas import CheckpointObject, EventObject, JobObject
 from api.refusals import InvalidValue
 from api.routing import Permission, Router
 from api.schemas import Listing, listing
 from registry import errors
 from registry.ids import parse_id
 from registry.jobs.cancel import request_cancel
+from registry.jobs.checkpoints import list_checkpoints
 from registry.jobs.events import list_events
 from registry.jobs.names import job_names
 from registry.jobs.queries import get_job, list_jobs
@@ -85,7 +86,8 @@ def jobs(
     if metadata is not None:
         raise InvalidValue("Write `metadata[key]=value`.", param="metadata")
     wanted = {found[1]: value for name, value in request.query_params.items() if (found := _METADATA.fullmatch(name))}
-    page = list_jobs(session, tenant_id=principal.tenant_id, metadata=wanted or None, after=_cursor(after), limit=limit)
+    cursor = _cursor(after, "ftjob")
+    page = list_jobs(session, tenant_id=principal.tenant_id, metadata=wanted or None, after=cursor, limit=limit)
     names = job_names(session, page.items)
     items = [job_object(job, names[job.id]) for job in page.items]
     return listing(JobObject, items, has_more=page.has_more, cursor=lambda job: job.id)
@@ -147,6 +149,29 @@ def events(
     return listing(EventObject, items, has_more=page.has_more, cursor=lambda event: event.id)
 
 
+@router.declare(
+    "GET",
+    "/fine_tuning/jobs/{job_id}/checkpoints",
+    permission=Permission.JOBS_READ,
+    summary="List a job's checkpoints, newest first",
+    returns=Listing[CheckpointObject],
+    raises=(errors.JobNotFound, errors.InvalidCursor),
+)
+def checkpoints(
+    job_id: str,
+    session: SessionDep,
+    principal: PrincipalDep,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+) -> Listing[CheckpointObject]:
+    """Where the job would go on from, were it interrupted now. The last two are kept, and none once it succeeded."""
+    found = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
+    page = list_checkpoints(session, job_id=found.id, after=_cursor(after, "ftckpt"), limit=limit)
+    adapter = job_names(session, [found])[found.id].adapter
+    items = [checkpoint_object(checkpoint, adapter) for checkpoint in page.items]
+    return listing(CheckpointObject, items, has_more=page.has_more, cursor=lambda checkpoint: checkpoint.id)
+
+
 def parse_job_id(text: str) -> uuid.UUID:
     """The row id in a job's public id; JobNotFound for any other text."""
     if (found := parse_id("ftjob", text)) is None:
@@ -154,9 +179,9 @@ def parse_job_id(text: str) -> uuid.UUID:
     return found
 
 
-def _cursor(after: str | None) -> uuid.UUID | None:
+def _cursor(after: str | None, prefix: str) -> uuid.UUID | None:
     if after is None:
         return None
-    if (found := parse_id("ftjob", after)) is None:
+    if (found := parse_id(prefix, after)) is None:
         raise errors.InvalidCursor(param="after")
     return found

@@ -61,6 +61,16 @@ EVENT = {
     "type": "metrics",
     "data": {"step": 20, "train_loss": 1.834},
 }
+CHECKPOINT = {
+    "id": "ftckpt-3d5c7e9f1a2b4c6d8e0f1a2b3c4d5e6f",
+    "object": "fine_tuning.job.checkpoint",
+    "created_at": 1790000060,
+    "fine_tuned_model_checkpoint": "support-bot:ckpt-step-30",
+    "fine_tuning_job_id": _JOB_ID,
+    "step_number": 30,
+    "metrics": {"step": 30, "train_loss": 1.612, "valid_loss": 1.704},
+    "bytes": 3145728,
+}
 MODEL = {"id": "support-bot@7", "object": "model", "created": 1790000104, "owned_by": "depot", "shutdown_date": None}
 
 
@@ -173,6 +183,29 @@ class EventObject(BaseModel):
     message: str
     type: Literal["message", "metrics", "state"]
     data: dict[str, Any] | None
+
+
+class CheckpointMetrics(BaseModel):
+    """How training stood at the checkpoint."""
+
+    step: int
+    train_loss: float | None
+    valid_loss: float | None
+
+
+class CheckpointObject(BaseModel):
+    """Where an interrupted job goes on from. Its name tells people which one it is; it is no version yet."""
+
+    model_config = shown(CHECKPOINT)
+
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics
+    bytes: int
 
 
 class ModelObject(BaseModel):

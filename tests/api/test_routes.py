@@ -53,6 +53,7 @@ GET /v1/files/{file_id}/content files:read
 GET /v1/fine_tuning/jobs jobs:read
 GET /v1/fine_tuning/jobs/{job_id} jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/attempts jobs:read
+GET /v1/fine_tuning/jobs/{job_id}/checkpoints jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/events jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/events/stream jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/metrics jobs:read
