@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--peft-rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=16, help="16 layers are 0.8 billion parameters, 1.6 GB")
     parser.add_argument("--growth", type=int, nargs="+", default=GROWTH, help="layers of growing bases")
+    parser.add_argument("--why", default="", help="sentences for the note: why a target is missed")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bench-merge-") as name:
@@ -53,11 +54,8 @@ def main() -> None:
         rows = compare(folder, options) + growth(folder, options.growth)
     note = (
         f"bf16 Llama, hidden 2048, {options.layers} layers, shards of 500 MB, r = 16 on all linears; float64 sums, "
-        f"fresh files, no fsync on any side. Load average before: {load:.1f} on {os.cpu_count()} cores. Where the load "
-        f"is above the number of cores, the clock says little: our two threads get a share of the cores that depends on "
-        f"the neighbours, cp needs a part of one. A merge needs about three times less processor time than PEFT's, and "
-        f"about a quarter of it is the SHA-256 of the output; so 10 times less than PEFT and 2.5 times cp are missed "
-        f"even by processor time. PEFT writes no digests and no statistics."
+        f"fresh files, no fsync on any side. Load average before: {load:.1f} on {os.cpu_count()} cores; above the "
+        f"number of cores the clock says little, and processor time more. {options.why}"
     )
     write("merge", rows, note=note)
 
