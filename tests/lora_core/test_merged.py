@@ -59,7 +59,7 @@ def sharded(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def whole(sharded, tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """Its merged files, by dtype and name, in blocks of few rows, so that every tensor has several."""
+    """Its merged files, by dtype and name; each tensor of this size is one block."""
     result = {}
     for dtype in ("base", "float32", "float16"):
         out = tmp_path_factory.mktemp("whole") / dtype
