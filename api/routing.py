@@ -35,6 +35,8 @@ class Permission(StrEnum):
     ADAPTERS_WRITE = "adapters:write"
     MERGES_READ = "merges:read"
     MERGES_WRITE = "merges:write"
+    WEBHOOKS_READ = "webhooks:read"
+    WEBHOOKS_WRITE = "webhooks:write"
 
 
 class GuardedRoute(APIRoute):

@@ -110,6 +110,12 @@ class AliasNotFound(NotFound):
     code = "alias_not_found"
 
 
+class WebhookNotFound(NotFound):
+    """There is no webhook endpoint with this id. List yours with `GET /v1/webhook_endpoints`."""
+
+    code = "webhook_not_found"
+
+
 class MergeNotFound(NotFound):
     """There is no merge with this id."""
 
@@ -171,6 +177,18 @@ class NoSuggestion(Invalid):
     """There is no suggested patch for this job: no rule knows a setting that would help. Send a patch of your own."""
 
     code = "no_suggestion"
+
+
+class WebhookNotAllowed(Invalid):
+    """Webhooks are sent to https addresses on the public internet. The operator can allow others."""
+
+    code = "webhook_not_allowed"
+
+
+class WebhookUnreachable(Invalid):
+    """Nobody answered at the webhook's address within five seconds; `details.reason` says why."""
+
+    code = "webhook_unreachable"
 
 
 class InvalidHyperparameter(Invalid):
@@ -315,6 +333,12 @@ class QuotaExceeded(LimitReached):
     """Too many jobs are queued for this tenant; wait for some to end."""
 
     code = "quota_exceeded"
+
+
+class WebhookLimit(LimitReached):
+    """There are as many webhook endpoints as a tenant may have. Delete one first."""
+
+    code = "webhook_limit"
 
 
 class FileTooLarge(TooLarge):

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from registry.db import SessionFactory, transaction
 from registry.jobs.clock import NOW
 from registry.jobs.conditions import IS_OWNED
-from registry.models import Blob, IdempotencyKey, Job, Outbox
+from registry.models import Blob, IdempotencyKey, Job, Outbox, WebhookDelivery
 from registry.storage import ObjectStore
 
 BATCH = 200
@@ -91,11 +91,14 @@ def sweep(sessions: SessionFactory, store: ObjectStore, *, grace: timedelta) -> 
 
 
 def purge(session: Session) -> int:
-    """Drops wake-ups that were sent and idempotency keys, each after three days; answers how many rows."""
+    """Drops wake-ups that were sent, webhook deliveries that ended and idempotency keys, each after three days; answers
+    how many rows."""
+    told = delete(WebhookDelivery).where(WebhookDelivery.ended_at < NOW - KEPT).returning(WebhookDelivery.id)
     sent = delete(Outbox).where(Outbox.sent_at < NOW - KEPT).returning(Outbox.id)
     keys = delete(IdempotencyKey).where(IdempotencyKey.created_at < NOW - KEPT)
     options = {"synchronize_session": False}
     gone = len(session.execute(sent, execution_options=options).all())
+    gone += len(session.execute(told, execution_options=options).all())
     return gone + len(session.execute(keys.returning(IdempotencyKey.key), execution_options=options).all())
 
 

@@ -8,10 +8,10 @@ from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.errors import InvalidCursor
-from registry.models import Checkpoint, File, Job
+from registry.models import Checkpoint, File, Job, WebhookEndpoint
 
 T = TypeVar("T")
-D = TypeVar("D", Checkpoint, File, Job)  # what is listed by age
+D = TypeVar("D", Checkpoint, File, Job, WebhookEndpoint)  # what is listed by age
 
 
 @dataclass(frozen=True, slots=True)

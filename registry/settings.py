@@ -60,6 +60,9 @@ class Settings(BaseSettings):
         gt=0,
         description="Age at which unreferenced bytes are condemned, and how long they then stay",
     )
+    webhook_allow_lan: bool = Field(
+        default=False, description="Lets tenants send webhooks to private addresses, any port, and plain http"
+    )
     link_seconds: int = Field(default=900, ge=10, description="Lifetime of a signed download link")
     max_file_bytes: int = Field(default=512 * 2**20, gt=0, description="Largest training file")
     max_base_file_bytes: int = Field(default=64 * 2**30, gt=0, description="Largest single file of a base model")

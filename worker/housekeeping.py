@@ -11,6 +11,7 @@ from registry.gc import collect
 from registry.jobs import outbox, reaper
 from registry.jobs.placement import note_worker
 from registry.storage import ObjectStore
+from registry.webhooks.deliveries import deliver_due
 from worker.outages import Outage
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,15 @@ def make_presence(sessions: SessionFactory, *, name: str, queues: Sequence[str],
             note_worker(session, name=name, queues=queues, slots=slots)
 
     return Chore("presence", note, seconds=seconds, longest_seconds=seconds)
+
+
+def make_messenger(sessions: SessionFactory, *, pepper: bytes, allow_lan: bool, seconds: float) -> Chore:
+    """Sends what webhooks wait for."""
+
+    def run() -> None:
+        deliver_due(sessions, pepper=pepper, allow_lan=allow_lan)
+
+    return Chore("messenger", run, seconds=seconds, longest_seconds=60.0)
 
 
 def make_collector(sessions: SessionFactory, store: ObjectStore, *, seconds: float, grace_seconds: float) -> Chore:

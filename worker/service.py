@@ -15,7 +15,7 @@ from registry.storage import ObjectStore
 from registry.storage.open import make_store
 from worker.base_cache import BaseCache
 from worker.host import Host
-from worker.housekeeping import Chore, make_collector, make_presence, make_reaper, make_relay
+from worker.housekeeping import Chore, make_collector, make_messenger, make_presence, make_reaper, make_relay
 from worker.runner import Runner
 from worker.workspace import WorkDir
 
@@ -83,6 +83,12 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
             max_infra_failures=settings.max_infra_failures,
         ),
         make_collector(sessions, store, seconds=settings.gc_seconds, grace_seconds=settings.gc_grace_seconds),
+        make_messenger(
+            sessions,
+            pepper=settings.secret_key.get_secret_value().encode(),
+            allow_lan=settings.webhook_allow_lan,
+            seconds=settings.relay_seconds,
+        ),
         make_presence(sessions, name=name, queues=queues, slots=settings.slots, seconds=settings.reaper_seconds),
     )
     return Service(host, Runner(host, queues=queues, slots=settings.slots, poll_seconds=settings.poll_seconds), chores)

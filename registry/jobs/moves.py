@@ -11,6 +11,7 @@ from registry.jobs.clock import read_clock
 from registry.jobs.events import storable_text
 from registry.jobs.states import OWNED, JobKind, JobState
 from registry.models import Job, Merge, Outbox
+from registry.webhooks.deliveries import announce
 
 LONGEST_BACKOFF_SECONDS = 15 * 60.0
 
@@ -54,6 +55,8 @@ def finish(session: Session, job: Job, state: JobState) -> JobState:
     job.lease_expires_at = None
     job.finished_at = now
     session.flush()
+    if job.kind == JobKind.TRAIN:
+        announce(session, job)
     if job.kind == JobKind.MERGE and state != JobState.SUCCEEDED:
         session.execute(update(Merge).where(Merge.job_id == job.id).values(live=False))
     return state

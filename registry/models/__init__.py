@@ -19,6 +19,7 @@ from registry.models.job import (
 )
 from registry.models.merge import Merge, MergeFile
 from registry.models.tenant import ApiKey, Tenant
+from registry.models.webhook import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "Adapter",
@@ -44,6 +45,8 @@ __all__ = [
     "Tenant",
     "Version",
     "VersionFile",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "Worker",
     "fence_seq",
 ]

@@ -24,7 +24,7 @@ from api.openai.job_request import CREATE, JobCreate
 from api.routing import GuardedRoute, Permission, permission_of, require_permissions
 from registry.db import SessionFactory, transaction
 from registry.ids import public_id
-from registry.models import Merge
+from registry.models import Merge, WebhookEndpoint
 from registry.settings import Settings
 from tests.api.conftest import bearer, refused
 from tests.factories import make_adapter, make_blob, make_file, make_job, make_version
@@ -34,6 +34,7 @@ PERMISSIONS = """
 DELETE /v1/adapters/{name}/aliases/{alias} adapters:write
 DELETE /v1/adapters/{name}/versions/{version} adapters:write
 DELETE /v1/files/{file_id} files:write
+DELETE /v1/webhook_endpoints/{webhook_id} webhooks:write
 GET /docs public
 GET /healthz public
 GET /openapi.json public
@@ -63,6 +64,8 @@ GET /v1/merges/{merge_id}/files/{file:path} merges:read
 GET /v1/models models:read
 GET /v1/models/{model:path} models:read
 GET /v1/objects/{token} public
+GET /v1/webhook_endpoints webhooks:read
+GET /v1/webhook_endpoints/{webhook_id} webhooks:read
 HEAD /v1/adapters/{name}/versions/{version}/merged/{file:path} merges:read
 HEAD /v1/objects/{token} public
 POST /v1/adapters/{name}/versions/{version}/merges merges:write
@@ -73,6 +76,10 @@ POST /v1/fine_tuning/jobs/{job_id}/cancel jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/pause jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/resume jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/retry jobs:write
+POST /v1/webhook_endpoints webhooks:write
+POST /v1/webhook_endpoints/{webhook_id} webhooks:write
+POST /v1/webhook_endpoints/{webhook_id}/rotate_secret webhooks:write
+POST /v1/webhook_endpoints/{webhook_id}/test webhooks:write
 PUT /v1/adapters/{name}/aliases/{alias} adapters:write
 """
 
@@ -152,6 +159,7 @@ NOWHERE = {
     "file_id": f"file-{'0' * 32}",
     "job_id": f"ftjob-{'0' * 32}",
     "merge_id": f"merge-{'0' * 32}",
+    "webhook_id": f"webhook-{'0' * 32}",
     "name": "absent",
     "version": "1",
     "alias": "production",
@@ -201,8 +209,12 @@ def theirs(client: TestClient, key: str, sessions: SessionFactory, tenant_id: uu
         session.add(merge)
         session.flush()
         make_blob(session)
-        ids = {"file_id": file.id, "job_id": job.id, "merge_id": merge.id}
-    prefixes = {"file_id": "file", "job_id": "ftjob", "merge_id": "merge"}
+        url, events = "https://example.com/", ["fine_tuning.job.failed"]
+        webhook = WebhookEndpoint(tenant_id=tenant.id, name="ci", url=url, event_types=events)
+        session.add(webhook)
+        session.flush()
+        ids = {"file_id": file.id, "job_id": job.id, "merge_id": merge.id, "webhook_id": webhook.id}
+    prefixes = {"file_id": "file", "job_id": "ftjob", "merge_id": "merge", "webhook_id": "webhook"}
     return {
         **{name: public_id(prefixes[name], value) for name, value in ids.items()},
         "name": "mine",
@@ -214,6 +226,10 @@ def theirs(client: TestClient, key: str, sessions: SessionFactory, tenant_id: uu
 
 
 def body_for(route: Route) -> dict[str, Any]:
+    if route.path.endswith("/{webhook_id}/test"):
+        return {"json": {"event_type": "fine_tuning.job.failed"}}
+    if route.method == "POST" and route.path.endswith("/{webhook_id}"):
+        return {"json": {"name": "other"}}
     return {"json": {"version": 1}} if route.method == "PUT" else {}
 
 
