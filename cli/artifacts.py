@@ -1,10 +1,10 @@
 """`lora-depot download` and `merge`: adapters and merged models as folders on this machine."""
 
-import os
 import time
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.progress import Progress
@@ -12,6 +12,7 @@ from rich.progress import Progress
 from cli.client import Client
 from cli.console import out, say
 from cli.errors import CommandError
+from cli.merging import fold, merge_here
 from cli.objects import Merge
 from cli.session import connected
 from cli.transfer import bars
@@ -30,28 +31,34 @@ class MergeDtype(StrEnum):
     FLOAT16 = "float16"
 
 
-LOCAL_DTYPES: dict[MergeDtype, Literal["float32", "bfloat16", "float16"] | None] = {
-    MergeDtype.BASE: None,
-    MergeDtype.FLOAT32: "float32",
-    MergeDtype.BFLOAT16: "bfloat16",
-    MergeDtype.FLOAT16: "float16",
-}
-
-
 def download(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", help="The latest version if none is named.")],
+    *,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="A folder that is not there yet. Default: NAME-vN.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter folded in.")] = False,
     dtype: Annotated[MergeDtype, typer.Option(help="Of the merged weights.")] = MergeDtype.BASE,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="With --merged: a folder of the base model. Only the adapter is fetched and merged here."),
+    ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Merge into a base that is not the registered one.")
+    ] = False,
 ) -> None:
     """Download an adapter, or the merged model. Interrupted, it continues where it stopped."""
+    if (base and not merged) or (allow_other_base and not base):
+        raise CommandError("--base goes with --merged, and --allow-other-base with --base.", code="usage")
     name, _, wanted = ref.partition("@")
     with connected() as client, bars(out()) as progress:
         version = client.version(name, wanted or "latest")
         number = version["version"]
         target = out_dir or Path(f"{name}-v{number}{'-merged' if merged else ''}")
+        if base:
+            merging = partial(merge_here, dtype=dtype.value, any_base=allow_other_base, progress=progress)
+            say(merging(client, version, base, target))
+            return
         if merged:
             merge = wait_for_merge(client, client.request_merge(name, number, dtype=dtype), progress)
             files, digest = merge["files"], merge["digest"]
@@ -82,26 +89,11 @@ def merge(
     dtype: Annotated[MergeDtype, typer.Option(help="Of the merged weights.")] = MergeDtype.BASE,
 ) -> None:
     """Merge an adapter into its base model on this machine, without a server."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has its own threads, which those would hinder
-    from lora_core.errors import LoraError
-    from lora_core.merge import merge as fold
-
     for folder in (base, adapter):
         if not folder.is_dir():
             raise CommandError(f"{folder} is not a folder.", code="not_found")
     if out_dir.exists():
         raise CommandError(f"{out_dir} exists already. Choose another folder with --out.", code="exists")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     with bars(out()) as progress:
-        task = progress.add_task("merging", total=None)
-        try:
-            report = fold(
-                base,
-                adapter,
-                out_dir,
-                dtype=LOCAL_DTYPES[dtype],
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        except LoraError as error:
-            raise CommandError(f"{error.message}.", code=error.code) from None
+        report = fold(base, adapter, out_dir, dtype=dtype.value, progress=progress)
     say(f"{len(report.tensors)} tensors were changed, {report.copied_tensors} copied. The model is in {out_dir}.")

@@ -11,7 +11,7 @@ import httpx
 
 from cli.connection import Connection, uses_proxies
 from cli.errors import CommandError, NotConnected, Refused
-from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, QueueInfo, Version
+from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, Merged, QueueInfo, Version
 from cli.upload import ProgressFile
 
 RETRIED = frozenset({429, 502, 503, 504})
@@ -66,6 +66,9 @@ class Client:
         """Registers uploaded files, path → file id, as a base model; the same bytes again change nothing."""
         body = {"name": name, "source": source, "revision": revision, "files": dict(files)}
         return cast(BaseModelInfo, self._call("POST", "/v1/base-models", json=body))
+
+    def base_model(self, name: str) -> BaseModelInfo:
+        return cast(BaseModelInfo, self._call("GET", f"/v1/base-models/{quote(name)}"))
 
     def base_models(self) -> Iterator[BaseModelInfo]:
         return cast(Iterator[BaseModelInfo], self._pages("/v1/base-models", {"limit": 100}))
@@ -129,6 +132,19 @@ class Client:
 
     def merge(self, merge_id: str) -> Merge:
         return cast(Merge, self._call("GET", f"/v1/merges/{_part(merge_id)}"))
+
+    def merged(self, name: str, version: int, *, dtype: str) -> Merged:
+        """The files of the merged checkpoint of a version."""
+        return cast(Merged, self._call("GET", f"{_version(name, str(version))}/merged", params={"dtype": dtype}))
+
+    def merge_recipe(self, name: str, version: int) -> bytes | None:
+        """How a version is merged, as JSON; None if it was published without that."""
+        try:
+            return self._send("GET", f"{_version(name, str(version))}/merge-recipe").content
+        except Refused as refusal:
+            if refusal.code == "artifact_not_found":
+                return None
+            raise
 
     def version_link(self, name: str, version: int, path: str) -> Link:
         return self._link(f"{_version(name, str(version))}/files/{quote(path)}")

@@ -114,4 +114,16 @@ class Merge(TypedDict):
     files: list[StoredFile]
 
 
+class MergedFile(TypedDict):
+    path: str
+    bytes: int
+    sha256: str | None
+
+
+class Merged(TypedDict):
+    """A merged checkpoint that may never have been stored."""
+
+    files: list[MergedFile]
+
+
 ENDED = frozenset({"succeeded", "failed", "cancelled"})

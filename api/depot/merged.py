@@ -9,9 +9,9 @@ from fastapi import Query, Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.context import Depot, DepotDep, PrincipalDep
+from api.context import Depot, DepotDep, PrincipalDep, SessionDep
 from api.depot.objects_out import digest
-from api.depot.schemas import MergedFile, MergedObject
+from api.depot.schemas import RECIPE, MergedFile, MergedObject
 from api.downloads import answer_for
 from api.refusals import InvalidRange, InvalidValue, RangeNotSatisfiable
 from api.routing import Permission, Router
@@ -152,3 +152,21 @@ async def _computed(merges: VirtualMerges, parts: Iterator[Part]) -> AsyncIterat
     finally:
         for future in waiting:
             future.cancel()
+
+
+@router.declare(
+    "GET",
+    "/adapters/{name}/versions/{version}/merge-recipe",
+    permission=Permission.MERGES_READ,
+    summary="Read how a version is merged",
+    raises=(errors.AdapterNotFound, errors.VersionNotFound, errors.ArtifactNotFound),
+    response_class=Response,
+    responses={200: {"description": "The recipe", "content": {"application/json": {"example": RECIPE}}}},
+)
+def merge_recipe(name: str, version: str, session: SessionDep, principal: PrincipalDep) -> Response:
+    """Which tensors of base and adapter each tensor of the merge is made of, for merging elsewhere. A version that was
+    published without one is matched by names."""
+    found = resolve_version(session, tenant_id=principal.tenant_id, name=name, ref=version)
+    if found.merge_recipe is None:
+        raise errors.ArtifactNotFound
+    return Response(found.merge_recipe, media_type="application/json", headers={"cache-control": "private, no-store"})

@@ -58,6 +58,25 @@ MERGE = {
     "created_at": 1790000200,
     "finished_at": 1790000230,
 }
+RECIPE = {
+    "format": 1,
+    "tensors": {
+        "model.layers.0.self_attn.q_proj.weight": {
+            "base": "model.layers.0.self_attn.q_proj.weight",
+            "dtype": "BF16",
+            "shape": [2048, 1024],
+            "columns": 1024,
+            "terms": [
+                {
+                    "lora_A": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+                    "lora_B": "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+                    "scaling": 2.0,
+                }
+            ],
+        }
+    },
+    "config_changes": {},
+}
 MERGED = {
     "object": "merged",
     "adapter": "support-bot",

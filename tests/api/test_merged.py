@@ -255,3 +255,14 @@ def test_the_recipe_of_a_version_is_not_read_with_it(version: None, sessions: Se
     with transaction(sessions) as session:
         found = session.query(Version).one()
         assert "merge_recipe" not in found.__dict__
+
+
+def test_the_recipe_is_told_if_there_is_one(
+    client: TestClient, publish_real: Callable[..., None], folders: dict[str, Path]
+) -> None:
+    publish_real(recipe=True)
+    publish_real(recipe=False)
+    told = client.get("/v1/adapters/bot/versions/1/merge-recipe")
+    assert told.headers["content-type"] == "application/json"
+    assert told.content == plan_merge(folders["base"], folders["adapter"]).recipe.to_json()
+    refused(client.get("/v1/adapters/bot/versions/2/merge-recipe"), 404, "artifact_not_found")

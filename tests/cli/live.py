@@ -71,7 +71,7 @@ class Depot:
         with transaction(self.sessions) as session:
             add_events(session, _uuid(job_id), fence, events)
 
-    def publish(self, job_id: str, fence: int, files: dict[str, bytes]) -> int:
+    def publish(self, job_id: str, fence: int, files: dict[str, bytes], *, recipe: str | None = None) -> int:
         """Ends the job with a version that has these files."""
         blobs = {}
         for name, data in files.items():
@@ -90,6 +90,7 @@ class Depot:
                 manifest={"files": sorted(files)},
                 metrics={"train_loss": 1.25},
                 trained_tokens=1000,
+                merge_recipe=recipe,
             ).version
 
     def fail(self, job_id: str, fence: int, message: str) -> None:

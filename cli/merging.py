@@ -1,0 +1,151 @@
+"""Merging on this machine: any two folders, or an adapter from the depot into a base that is already here."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.progress import Progress
+
+from cli.client import Client
+from cli.errors import BadDownload, CommandError, Refused
+from cli.objects import BaseModelInfo, Version
+from cli.transfer import download, sha256_of
+
+if TYPE_CHECKING:
+    from lora_core.merge import MergeReport
+
+REPORT_FILE = "merge_report.json"
+DTYPES: dict[str, Literal["float32", "bfloat16", "float16"] | None] = {
+    "base": None,
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+
+
+def fold(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: str,
+    progress: Progress,
+    recipe: bytes | None = None,
+    expected: Mapping[str, str] | None = None,
+) -> "MergeReport":
+    """Merge two folders into the new folder `out`; CommandError when that cannot be done."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has its own threads, which those would hinder
+    from lora_core.errors import LoraError
+    from lora_core.merge import merge
+    from lora_core.recipe import Recipe
+
+    if out.exists():
+        raise CommandError(f"{out} exists already. Choose another folder with --out.", code="exists")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    task = progress.add_task("merging", total=None)
+    try:
+        return merge(
+            base,
+            adapter,
+            out,
+            recipe=Recipe.from_json(recipe) if recipe else None,
+            dtype=DTYPES[dtype],
+            expected=expected,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    except LoraError as error:
+        raise CommandError(f"{error.message}.", code=error.code) from None
+
+
+def merge_here(
+    client: Client, version: Version, base: Path, out: Path, *, dtype: str, any_base: bool, progress: Progress
+) -> str:
+    """Fetch the adapter alone, merge it into the folder `base`, and compare the result with the server's digests.
+
+    The base must have the registered bytes unless `any_base`. Returns what was done, and leaves it in `out` too.
+    """
+    name, number = version["adapter"], version["version"]
+    if out.exists():
+        raise CommandError(f"{out} exists already. Choose another folder with --out.", code="exists")
+    registered = client.base_model(version["base_model"])
+    is_registered = not (differing := _differing(base, registered))
+    if differing and not any_base:
+        message = f"{base} is not {registered['name']} as it is registered: {differing[0]} differs or is missing."
+        raise CommandError(f"{message} --allow-other-base merges all the same.", code="other_base")
+    expected = _stored_digests(client, name, number, dtype) if is_registered else {}
+    recipe = client.merge_recipe(name, number) if is_registered else None
+    with tempfile.TemporaryDirectory(prefix="lora-depot-") as scratch:
+        adapter = Path(scratch, "adapter")
+        files = version["files"]
+        download(files, lambda path: client.version_link(name, number, path), adapter, progress=progress)
+        with _only(base, registered if is_registered else None) as source:
+            report = fold(source, adapter, out, dtype=dtype, progress=progress, recipe=recipe, expected=expected)
+    record = {
+        "adapter": version["ref"],
+        "adapter_digest": version["digest"],
+        "base_model": registered["name"],
+        "base_digest": registered["digest"],
+        "base_is_registered": is_registered,
+        "other_base_allowed": any_base,
+        "dtype": dtype,
+        "compared_with_server": sorted(expected),
+        "files": {file.path: file.sha256 for file in report.files},
+    }
+    (out / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    if expected:
+        checked = "every file has the SHA-256 of the merge that the server stored"
+    elif is_registered:
+        checked = "the base is the registered one; the server stored no such merge to compare with"
+    else:
+        checked = f"the base is NOT {registered['name']} as it is registered"
+    return f"{version['ref']} merged is in {out} ({len(report.files)} files; {checked})."
+
+
+def base_digest(files: Mapping[str, str]) -> str:
+    """The digest of a base model, from the SHA-256 of its files by name."""
+    lines = sorted(f"{sha256}  {path}\n" for path, sha256 in files.items())
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def _differing(folder: Path, registered: BaseModelInfo) -> list[str]:
+    """Files of the registered base that the folder lacks or has with other bytes."""
+    wanted = {file["path"]: file["sha256"] for file in registered["files"]}
+    if base_digest(wanted) != registered["digest"]:
+        raise CommandError(f"The server's list of {registered['name']} does not fit its digest.", code="bad_listing")
+    if strange := [path for path in wanted if Path(path).name != path]:
+        raise BadDownload(f"The server names a file {strange[0][:80]!r}, which is no plain file name.")
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is not a folder.", code="not_found")
+    return sorted(path for path, digest in wanted.items() if not _is(folder / path, digest))
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
+
+
+def _stored_digests(client: Client, name: str, number: int, dtype: str) -> dict[str, str]:
+    """What the files of the merge must hash to, as far as the server knows and can say now."""
+    try:
+        files = client.merged(name, number, dtype=dtype)["files"]
+    except Refused as refusal:
+        if refusal.status != 503:
+            raise
+        return {}
+    return {file["path"]: file["sha256"] for file in files if file["sha256"]}
+
+
+@contextmanager
+def _only(folder: Path, registered: BaseModelInfo | None) -> Iterator[Path]:
+    """A folder with nothing but the registered files of `folder`; other files there could change what a merge reads."""
+    if registered is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="lora-depot-") as view:
+        for file in registered["files"]:
+            Path(view, file["path"]).symlink_to((folder / file["path"]).absolute())
+        yield Path(view)
