@@ -3,6 +3,7 @@
 import logging
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,9 @@ class CheckpointKeeper:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(STORE_SECONDS[self._attempt.reason])
+        began = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() < began + STORE_SECONDS[self._attempt.reason]:
+            self._thread.join(0.1)  # looks again: the attempt may be told to hurry meanwhile
         with self._changed:
             self._given_up = True
             self._changed.notify_all()

@@ -143,6 +143,20 @@ def test_an_outage_does_not_hold_up_a_cancelled_job(
     assert steps(depot, attempt.job_id) == []
 
 
+def test_a_cancel_ends_the_wait_for_a_store_that_is_away(
+    depot: Depot, keeper: CheckpointKeeper, attempt: Attempt, folder: Path, tmp_path: Path
+) -> None:
+    objects, away = tmp_path / "objects", tmp_path / "away"
+    objects.rename(away)
+    keeper.hear(save(folder, 1))
+    closer = threading.Thread(target=keeper.close)
+    closer.start()
+    wait_until(lambda: keeper._closing)
+    attempt.stop(Stop.CANCEL)
+    wait_until(lambda: not closer.is_alive(), seconds=30, what="the end, before what it may take without a cancel")
+    away.rename(objects)
+
+
 def test_a_lost_fence_stops_the_attempt(depot: Depot, keeper: CheckpointKeeper, attempt: Attempt, folder: Path) -> None:
     with transaction(depot.sessions) as session:
         session.get_one(Job, attempt.job_id).fence = session.scalars(select(fence_seq.next_value())).one()
