@@ -1,32 +1,32 @@
-"""Merged checkpoints: asked for once per version and dtype, made by a merge job, kept as files."""
+"""Merged checkpoints: asked for once per version and options, made by a merge job, kept as files."""
 
 import uuid
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session, selectinload
 
 from registry.adapters import lock_version
 from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady
 from registry.jobs.placement import DEFAULT_PLACEMENT, Placement
-from registry.jobs.spec import MergeDtype
+from registry.jobs.spec import MergeDtype, MergeOptions
 from registry.jobs.states import TERMINAL
 from registry.jobs.submit import submit_merge
 from registry.models import Merge, MergeFile, Version
 
 
 def request_merge(
-    session: Session, *, version: Version, dtype: MergeDtype, placement: Placement = DEFAULT_PLACEMENT
+    session: Session, *, version: Version, options: MergeOptions, placement: Placement = DEFAULT_PLACEMENT
 ) -> tuple[Merge, bool]:
-    """The merge of a version in this dtype, and whether this call made it.
+    """The merge of a version with these options, and whether this call made it.
 
     A merge that failed or was cancelled does not count: asking again starts another."""
     lock_version(session, version)  # of two requests at once the second waits here and then finds the first's
-    query = select(Merge).where(Merge.version_id == version.id, Merge.dtype == dtype, Merge.live)
-    merge = session.scalar(query.options(selectinload(Merge.files)))
+    merge = session.scalar(_live(version, options).options(selectinload(Merge.files)))
     if merge is not None:
         return merge, False
-    job = submit_merge(session, version=version, dtype=dtype, placement=placement)
-    merge = Merge(tenant_id=version.tenant_id, version_id=version.id, dtype=dtype, job_id=job.id, files=[])
+    job = submit_merge(session, version=version, options=options, placement=placement)
+    chosen = options.model_dump()
+    merge = Merge(tenant_id=version.tenant_id, version_id=version.id, job_id=job.id, files=[], **chosen)
     session.add(merge)
     session.flush()
     return merge, True
@@ -43,9 +43,9 @@ def get_merge(session: Session, *, tenant_id: uuid.UUID, merge_id: uuid.UUID) ->
 
 
 def find_stored(session: Session, *, version: Version, dtype: MergeDtype) -> Merge | None:
-    """The finished merge of a version in this dtype, with its files."""
-    query = select(Merge).where(Merge.version_id == version.id, Merge.dtype == dtype, Merge.live)
-    return session.scalar(query.where(Merge.digest.is_not(None)).options(selectinload(Merge.files)))
+    """The finished merge of a version in this dtype and without other options, with its files."""
+    query = _live(version, MergeOptions(dtype=dtype)).where(Merge.digest.is_not(None))
+    return session.scalar(query.options(selectinload(Merge.files)))
 
 
 def get_merge_file(session: Session, merge: Merge, path: str) -> MergeFile:
@@ -57,3 +57,8 @@ def get_merge_file(session: Session, merge: Merge, path: str) -> MergeFile:
     if file is None:
         raise ArtifactNotFound
     return file
+
+
+def _live(version: Version, options: MergeOptions) -> Select[Merge]:
+    query = select(Merge).where(Merge.version_id == version.id, Merge.live, Merge.dtype == options.dtype)
+    return query.where(Merge.scale == options.scale, Merge.shard_size.is_not_distinct_from(options.shard_size))

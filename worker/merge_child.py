@@ -24,10 +24,16 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
             last = time.monotonic()
             reporter.step(StepMessage(step=done, total_steps=total))
 
-    dtype = None if task.dtype == "base" else task.dtype
-    recipe = Recipe.from_json(task.recipe_file.read_bytes()) if task.recipe_file else None
+    options = task.options
     report = merge(
-        task.base_dir, task.adapter_dir, workspace / OUT, recipe=recipe, dtype=dtype, on_progress=on_progress
+        task.base_dir,
+        task.adapter_dir,
+        workspace / OUT,
+        recipe=Recipe.from_json(task.recipe_file.read_bytes()) if task.recipe_file else None,
+        dtype=None if options.dtype == "base" else options.dtype,
+        scale=options.scale,
+        shard_size=options.shard_size,
+        on_progress=on_progress,
     )
     return ResultMessage(metrics=summarize(report))
 

@@ -8,6 +8,7 @@ from lora_core.base import is_base_file
 from registry.db import transaction
 from registry.jobs.inputs import MergeInputs, merge_inputs
 from registry.jobs.publish import publish_merge
+from registry.jobs.spec import MergeOptions
 from registry.models import Job
 from worker.attempt import Attempt
 from worker.errors import JobFailed
@@ -34,7 +35,8 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     if inputs.version.recipe is not None:
         recipe_file = workspace / RECIPE_FILE
         recipe_file.write_text(inputs.version.recipe)
-    task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, dtype=inputs.spec.dtype)
+    options = MergeOptions.model_validate(inputs.spec.model_dump(exclude={"version_id"}))
+    task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, options=options)
     result = run_task(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
     _publish(host, attempt, heart, inputs, out=workspace / OUT, result=result)
 
@@ -83,6 +85,8 @@ def make_report(inputs: MergeInputs, files: list[OutputFile], result: ResultMess
         "base_model": inputs.version.base.name,
         "base_digest": inputs.version.base.digest,
         "dtype": inputs.spec.dtype,
+        "scale": inputs.spec.scale,
+        "shard_size": inputs.spec.shard_size,
         "bytes": sum(file.size for file in files),
         **result.metrics,
     }

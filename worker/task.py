@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from registry.jobs.spec import MergeDtype, TrainSpec
+from registry.jobs.spec import MergeOptions, TrainSpec
 
 TASK_FILE = "task.json"
 OUT = "out"
@@ -39,7 +39,7 @@ class MergeTask(BaseModel):
     base_dir: Path
     adapter_dir: Path
     recipe_file: Path | None = None
-    dtype: MergeDtype
+    options: MergeOptions
 
 
 Task = TrainTask | MergeTask

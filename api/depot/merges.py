@@ -1,4 +1,4 @@
-"""Merged checkpoints: asked for per version and dtype, made by a job, downloaded like any artifact."""
+"""Merged checkpoints: asked for per version and options, made by a job, downloaded like any artifact."""
 
 import uuid
 
@@ -14,6 +14,7 @@ from registry import errors
 from registry.adapters import resolve_version
 from registry.ids import parse_id
 from registry.jobs.placement import Placement
+from registry.jobs.spec import MergeOptions
 from registry.merges import get_merge, get_merge_file, request_merge
 
 router = Router("Merges")
@@ -55,7 +56,8 @@ def merge_version(
     """Queues a job that folds the adapter into its base: a full model in the usual files. The body may be empty."""
     found = resolve_version(session, tenant_id=principal.tenant_id, name=name, ref=version)
     placement = Placement(deadline_seconds=depot.settings.deadline_seconds)
-    merge, created = request_merge(session, version=found, dtype=(body or MergeIn()).dtype, placement=placement)
+    options = MergeOptions.model_validate((body or MergeIn()).model_dump())
+    merge, created = request_merge(session, version=found, options=options, placement=placement)
     response.status_code = 202 if created else 200
     return merge_object(merge)
 

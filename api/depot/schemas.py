@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from api.schemas import Body, shown
+from registry.jobs.spec import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE
 
 DIGEST = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _SHA256 = DIGEST.removeprefix("sha256:")
@@ -49,6 +50,8 @@ MERGE = {
     "adapter": "support-bot",
     "version": 7,
     "dtype": "base",
+    "scale": 1.0,
+    "shard_size": None,
     "status": "succeeded",
     "progress": {"tensors": 311, "of": 311},
     "error": None,
@@ -205,6 +208,8 @@ class MergeObject(BaseModel):
     adapter: str
     version: int
     dtype: Literal["base", "float32", "bfloat16", "float16"]
+    scale: float
+    shard_size: int | None
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
     progress: dict[str, Any] | None
     error: MergeError | None
@@ -262,6 +267,15 @@ class AliasIn(Body):
 class MergeIn(Body):
     dtype: Literal["base", "float32", "bfloat16", "float16"] = Field(
         default="base", description="Of the merged weights; `base` keeps the base model's own"
+    )
+    scale: float = Field(
+        default=1.0, ge=-MAX_SCALE, le=MAX_SCALE, description="What the change is multiplied by; 1 is what was trained"
+    )
+    shard_size: int | None = Field(
+        default=None,
+        ge=MIN_SHARD_SIZE,
+        le=MAX_SHARD_SIZE,
+        description="Bytes of tensors per file; without it the shards are those of the base",
     )
 
 

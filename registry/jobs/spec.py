@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lora_core.config import ALL_LINEAR, MAX_RANK, LoraConfig
 from lora_core.errors import BadConfig
 
+MAX_SCALE = 100.0
+MIN_SHARD_SIZE, MAX_SHARD_SIZE = 2**16, 2**40
 MergeDtype = Literal["base", "float32", "bfloat16", "float16"]
 
 
@@ -70,8 +72,16 @@ class TrainSpec(Spec):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class MergeSpec(Spec):
-    """Fold one version into its base model and keep the result in `dtype`; `base` keeps the base model's own."""
+class MergeOptions(Spec):
+    """Merged weights in `dtype` (`base` keeps the base model's own), the change times `scale`, and shards of at most
+    `shard_size` bytes of tensors (None: those of the base)."""
+
+    dtype: MergeDtype = "base"
+    scale: float = Field(default=1.0, ge=-MAX_SCALE, le=MAX_SCALE)
+    shard_size: int | None = Field(default=None, ge=MIN_SHARD_SIZE, le=MAX_SHARD_SIZE)
+
+
+class MergeSpec(MergeOptions):
+    """Fold one version into its base model."""
 
     version_id: Annotated[uuid.UUID, Field(strict=False)]  # text in the stored JSON
-    dtype: MergeDtype

@@ -17,7 +17,7 @@ from registry.jobs.conditions import IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.idempotency import Idempotency, reserve
 from registry.jobs.placement import DEFAULT_PLACEMENT, Placement, check_queue
-from registry.jobs.spec import LoraSpec, MergeDtype, MergeSpec, TrainSpec
+from registry.jobs.spec import LoraSpec, MergeOptions, MergeSpec, TrainSpec
 from registry.jobs.states import JobKind, JobState
 from registry.models import BaseModel, File, Job, Outbox, Tenant, Version
 
@@ -82,7 +82,7 @@ def submit_training(
 
 
 def submit_merge(
-    session: Session, *, version: Version, dtype: MergeDtype, placement: Placement = DEFAULT_PLACEMENT
+    session: Session, *, version: Version, options: MergeOptions, placement: Placement = DEFAULT_PLACEMENT
 ) -> Job:
     """Queues the job of a merge. The caller inserts the merge row, which decides whether one is needed."""
     _lock_quota(session, version.tenant_id)
@@ -90,7 +90,7 @@ def submit_merge(
         id=uuid.uuid4(),
         tenant_id=version.tenant_id,
         kind=JobKind.MERGE,
-        spec=MergeSpec(version_id=version.id, dtype=dtype).model_dump(mode="json"),
+        spec=MergeSpec(version_id=version.id, **options.model_dump()).model_dump(mode="json"),
         request={},
         adapter_id=version.adapter_id,
         base_model_id=version.adapter.base_model_id,

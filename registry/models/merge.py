@@ -3,7 +3,7 @@
 import uuid
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, text
+from sqlalchemy import BigInteger, CheckConstraint, Double, ForeignKey, Index, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
@@ -21,13 +21,27 @@ class Merge(Base):
     __table_args__ = (
         CheckConstraint("dtype IN ('base', 'float32', 'bfloat16', 'float16')", name="dtype_known"),
         CheckConstraint(f"digest IS NULL OR digest {SHA256}", name="digest_is_hex"),
-        Index("uq_merges_live", "version_id", "dtype", unique=True, postgresql_where=text("live")),
+        Index(
+            "uq_merges_live",
+            *("version_id", "dtype", "scale", "shard_size"),
+            unique=True,
+            postgresql_where=text("live"),
+            postgresql_nulls_not_distinct=True,
+        ),
     )
 
     id: Mapped[Id]
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
     version_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("versions.id"), index=True)
     dtype: Mapped[str] = mapped_column(comment="`base` keeps the base model's dtype")
+    scale: Mapped[float] = mapped_column(
+        Double,
+        server_default=text("1"),
+        comment="what the change is multiplied by, besides the adapter's own scaling",
+    )
+    shard_size: Mapped[int | None] = mapped_column(
+        BigInteger, comment="bytes of tensors per shard; null keeps the base's shards"
+    )
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
     live: Mapped[bool] = mapped_column(
         server_default=text("true"), comment="false once its job failed or was cancelled"

@@ -170,6 +170,22 @@ class TestMerges:
         assert first.json()["id"] == again.json()["id"] != other.json()["id"]
         assert (first.json()["status"], first.json()["dtype"]) == ("queued", "base")
 
+    def test_options_make_a_merge_of_their_own(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        address, options = "/v1/adapters/bot/versions/1/merges", {"scale": 0.5, "shard_size": 2**20}
+        plain, first, again = (client.post(address, json=body) for body in ({}, options, options))
+        assert [response.status_code for response in (plain, first, again)] == [202, 202, 200]
+        assert first.json()["id"] == again.json()["id"] != plain.json()["id"]
+        assert {name: first.json()[name] for name in options} == options
+        assert (plain.json()["scale"], plain.json()["shard_size"]) == (1.0, None)
+
+    @pytest.mark.parametrize("options", [{"scale": 101}, {"shard_size": 1}, {"shard_size": 2**41}])
+    def test_options_have_bounds(
+        self, client: TestClient, publish: Callable[..., Any], options: dict[str, Any]
+    ) -> None:
+        publish()
+        refused(client.post("/v1/adapters/bot/versions/1/merges", json=options), 422, "invalid_value")
+
     def test_dtype_is_one_that_exists(self, client: TestClient, publish: Callable[..., Any]) -> None:
         publish()
         error = refused(client.post("/v1/adapters/bot/versions/1/merges", json={"dtype": "int4"}), 422, "invalid_value")

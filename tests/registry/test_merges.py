@@ -2,6 +2,7 @@ import uuid
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from registry.adapters import delete_version
@@ -10,7 +11,9 @@ from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady, Quot
 from registry.jobs.fail import fail
 from registry.jobs.lease import claim
 from registry.jobs.publish import publish_merge
-from registry.merges import get_merge, get_merge_file, request_merge
+from registry.jobs.spec import MergeOptions
+from registry.jobs.submit import submit_merge
+from registry.merges import find_stored, get_merge, get_merge_file, request_merge
 from registry.models import Job, Merge, Version
 from tests.factories import digest_of, make_adapter, make_blob, make_tenant, make_version
 from tests.registry.race import race
@@ -42,7 +45,7 @@ def finish(session: Session, merge: Merge) -> None:
 
 class TestRequest:
     def test_makes_a_job_that_names_the_version(self, session: Session, version: Version) -> None:
-        merge, created = request_merge(session, version=version, dtype="base")
+        merge, created = request_merge(session, version=version, options=MergeOptions())
         assert created
         assert (merge.tenant_id, merge.version_id, merge.dtype, merge.live) == (
             version.tenant_id,
@@ -55,22 +58,52 @@ class TestRequest:
         assert merge.files == []
 
     def test_asking_again_gives_the_same_merge_in_every_state(self, session: Session, version: Version) -> None:
-        merge, _ = request_merge(session, version=version, dtype="base")
-        assert request_merge(session, version=version, dtype="base") == (merge, False)
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
+        assert request_merge(session, version=version, options=MergeOptions()) == (merge, False)
         finish(session, merge)
-        again, created = request_merge(session, version=version, dtype="base")
+        again, created = request_merge(session, version=version, options=MergeOptions())
         assert (again.id, created) == (merge.id, False)
         assert [file.path for file in again.files] == ["model.safetensors"]
 
     def test_each_dtype_is_a_merge_of_its_own(self, session: Session, version: Version) -> None:
         ids = {
-            request_merge(session, version=version, dtype=dtype)[0].id
+            request_merge(session, version=version, options=MergeOptions(dtype=dtype))[0].id
             for dtype in ("base", "float32", "bfloat16", "float16")
         }
         assert len(ids) == 4
 
+    def test_each_combination_of_options_is_a_merge_of_its_own(self, session: Session, version: Version) -> None:
+        options = [MergeOptions(scale=scale, shard_size=size) for scale in (1.0, 0.5) for size in (None, 2**20, 2**21)]
+        first = [request_merge(session, version=version, options=one) for one in options]
+        again = [request_merge(session, version=version, options=one) for one in options]
+        assert [created for _, created in first] == [True] * 6
+        assert again == [(merge, False) for merge, _ in first]
+        assert len({merge.id for merge, _ in first}) == 6
+        assert [(merge.scale, merge.shard_size) for merge, _ in first] == [(o.scale, o.shard_size) for o in options]
+        assert all(merge.job.spec["scale"] == merge.scale for merge, _ in first)
+
+    def test_the_database_itself_keeps_a_request_from_being_two_merges(
+        self, session: Session, version: Version
+    ) -> None:
+        merge, _ = request_merge(session, version=version, options=MergeOptions(scale=0.5))
+        job = submit_merge(session, version=version, options=MergeOptions(scale=0.5))
+        session.add(Merge(tenant_id=merge.tenant_id, version_id=version.id, dtype="base", scale=0.5, job_id=job.id))
+        with pytest.raises(IntegrityError, match="uq_merges_live"):
+            session.flush()
+
+    def test_a_stored_merge_of_other_options_is_not_taken_for_the_plain_one(
+        self, session: Session, version: Version
+    ) -> None:
+        merge, _ = request_merge(session, version=version, options=MergeOptions(scale=0.5))
+        finish(session, merge)
+        assert find_stored(session, version=version, dtype="base") is None
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
+        assert find_stored(session, version=version, dtype="base") is None
+        finish(session, merge)
+        assert find_stored(session, version=version, dtype="base") == merge
+
     def test_after_a_failure_asking_again_starts_another(self, session: Session, version: Version) -> None:
-        merge, _ = request_merge(session, version=version, dtype="base")
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
         fence = start(session, merge)
         fail(
             session,
@@ -82,7 +115,7 @@ class TestRequest:
             max_infra_failures=0,
         )
         session.expire_all()
-        another, created = request_merge(session, version=version, dtype="base")
+        another, created = request_merge(session, version=version, options=MergeOptions())
         assert created
         assert another.id != merge.id
 
@@ -92,7 +125,9 @@ class TestRequest:
 
         def ask() -> tuple[uuid.UUID, bool]:
             with transaction(sessions) as session:
-                merge, created = request_merge(session, version=session.get_one(Version, version.id), dtype="base")
+                merge, created = request_merge(
+                    session, version=session.get_one(Version, version.id), options=MergeOptions()
+                )
                 return merge.id, created
 
         results = race(*[ask] * 6)
@@ -105,7 +140,7 @@ class TestRequest:
     def test_a_deleted_version_is_not_merged(self, session: Session, version: Version) -> None:
         delete_version(session, version)
         with pytest.raises(VersionNotFound):
-            request_merge(session, version=version, dtype="base")
+            request_merge(session, version=version, options=MergeOptions())
 
     def test_a_version_is_merged_or_deleted_but_never_both(self, sessions: SessionFactory) -> None:
         for _ in range(8):
@@ -114,7 +149,7 @@ class TestRequest:
 
             def ask(version: Version = version) -> str:
                 with transaction(sessions) as session:
-                    request_merge(session, version=session.get_one(Version, version.id), dtype="base")
+                    request_merge(session, version=session.get_one(Version, version.id), options=MergeOptions())
                 return "asked"
 
             def delete(version: Version = version) -> str:
@@ -130,14 +165,14 @@ class TestRequest:
         with transaction(sessions) as session:
             version = make_version(session, make_adapter(session, make_tenant(session, max_queued=0)))
         with pytest.raises(QuotaExceeded), transaction(sessions) as session:
-            request_merge(session, version=session.get_one(Version, version.id), dtype="base")
+            request_merge(session, version=session.get_one(Version, version.id), options=MergeOptions())
         with sessions() as session:
             assert session.scalars(select(Merge)).all() == []
 
 
 class TestGet:
     def test_another_tenants_merge_answers_like_none(self, session: Session, version: Version) -> None:
-        merge, _ = request_merge(session, version=version, dtype="base")
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
         stranger, messages = make_tenant(session), set()
         for merge_id in (merge.id, uuid.uuid4()):
             with pytest.raises(MergeNotFound) as caught:
@@ -147,7 +182,7 @@ class TestGet:
         assert get_merge(session, tenant_id=version.tenant_id, merge_id=merge.id) is merge
 
     def test_a_merge_of_a_deleted_version_is_gone(self, session: Session, version: Version) -> None:
-        merge, _ = request_merge(session, version=version, dtype="base")
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
         finish(session, merge)
         delete_version(session, version)
         with pytest.raises(MergeNotFound):
@@ -157,7 +192,7 @@ class TestGet:
 
 class TestFile:
     def test_is_there_once_the_merge_has_ended(self, session: Session, version: Version) -> None:
-        merge, _ = request_merge(session, version=version, dtype="base")
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
         with pytest.raises(MergeNotReady):
             get_merge_file(session, merge, "model.safetensors")
         finish(session, merge)
@@ -167,7 +202,7 @@ class TestFile:
 
     @pytest.mark.parametrize("path", ["", "absent", "../model.safetensors", "a\0", "\ud800"])
     def test_anything_else_is_not_found(self, session: Session, version: Version, path: str) -> None:
-        merge, _ = request_merge(session, version=version, dtype="base")
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
         finish(session, merge)
         with pytest.raises(ArtifactNotFound):
             get_merge_file(session, merge, path)

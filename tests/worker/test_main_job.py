@@ -9,8 +9,10 @@ from peft import PeftModel
 from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
+from lora_core.merge import merge as fold
 from lora_core.recipe import Recipe
 from registry.db import transaction
+from registry.jobs.spec import MergeOptions
 from registry.merges import request_merge
 from registry.models import Merge, MergeFile, Version, VersionFile
 from tests.worker.conftest import StartWorker
@@ -41,7 +43,7 @@ def test_a_job_becomes_an_adapter_and_a_merge_that_others_load(
         version = session.scalars(select(Version)).one()
         files = list(session.scalars(select(VersionFile)))
         recipe = version.merge_recipe
-        merge, _ = request_merge(session, version=version, dtype="base")
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
     assert recipe is not None
     assert version.manifest["merge_recipe"] == {"sha256": hashlib.sha256(recipe.encode()).hexdigest()}
     assert len(Recipe.from_json(recipe.encode()).tensors) == 4
@@ -61,6 +63,30 @@ def test_a_job_becomes_an_adapter_and_a_merge_that_others_load(
     assert done.report["merged_tensors"] == 4
     merged = AutoModelForCausalLM.from_pretrained(download(depot, merged_files, tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merge_has_the_scale_and_the_shards_that_were_asked_for(
+    depot: Depot, start_worker: StartWorker, base_dir: Path, tmp_path: Path
+) -> None:
+    start_worker(APP)
+    job_id = depot.submit()
+    wait_until(lambda: depot.job(job_id).state == "succeeded", seconds=120)
+    with transaction(depot.sessions) as session:
+        version = session.scalars(select(Version)).one()
+        options = MergeOptions(dtype="float32", scale=0.25, shard_size=2**16)
+        merge, _ = request_merge(session, version=version, options=options)
+        files = list(session.scalars(select(VersionFile)))
+    wait_until(lambda: depot.job(merge.job_id).state == "succeeded", seconds=120)
+    with transaction(depot.sessions) as session:
+        made = list(session.scalars(select(MergeFile)))
+        report = session.scalars(select(Merge)).one().report
+    adapter = download(depot, files, tmp_path / "adapter")
+    fold(base_dir, adapter, tmp_path / "expected", dtype="float32", scale=0.25, shard_size=2**16)
+    expected = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "expected").iterdir()}
+    assert {file.path: file.blob.sha256 for file in made} == expected
+    assert len([path for path in expected if path.endswith(".safetensors")]) > 1
+    assert report is not None
+    assert (report["scale"], report["shard_size"]) == (0.25, 2**16)
 
 
 def check_records(depot: Depot, version: Version, files: list[VersionFile]) -> None:

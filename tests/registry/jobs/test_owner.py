@@ -18,6 +18,7 @@ from registry.jobs.fail import MAX_BUG_RETRIES, fail
 from registry.jobs.lease import heartbeat, release
 from registry.jobs.publish import Published, manifest_digest, publish_merge, publish_version
 from registry.jobs.reaper import tick
+from registry.jobs.spec import MergeOptions
 from registry.jobs.states import JobState
 from registry.jobs.submit import submit_merge
 from registry.models import Blob, Job, JobEvent, LineageEdge, Merge, MergeFile, Outbox, Version, VersionFile
@@ -237,7 +238,7 @@ def merge_job(sessions: SessionFactory) -> Job:
     """A claimed merge job with its merge row."""
     with transaction(sessions) as session:
         version = make_version(session, make_adapter(session, make_tenant(session)))
-        job = submit_merge(session, version=version, dtype="base")
+        job = submit_merge(session, version=version, options=MergeOptions())
         session.add(Merge(tenant_id=job.tenant_id, version_id=version.id, dtype="base", job_id=job.id))
     claimed = claim_one(sessions)
     assert claimed is not None and claimed.id == job.id

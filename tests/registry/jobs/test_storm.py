@@ -20,6 +20,7 @@ from registry.jobs.idempotency import Idempotency
 from registry.jobs.lease import heartbeat
 from registry.jobs.outbox import relay
 from registry.jobs.reaper import tick
+from registry.jobs.spec import MergeOptions
 from registry.merges import request_merge
 from registry.models import Adapter, BaseModelFile, Blob, Control, File, Job, MergeFile, Version, VersionFile
 from tests.registry.jobs.helpers import Shop, claim_one, expire_lease, open_shop, publish, race
@@ -102,7 +103,7 @@ class Client:
         with transaction(self.sessions) as session:
             version = self.any(session.scalars(select(Version).where(Version.deleted_at.is_(None))).all())
             if version is not None:
-                request_merge(session, version=version, dtype="base")
+                request_merge(session, version=version, options=MergeOptions())
 
     def any(self, rows: Sequence[Any]) -> Any:
         return self.dice.choice(rows) if rows else None

@@ -17,7 +17,7 @@ from registry.errors import (
 )
 from registry.files import delete_file
 from registry.jobs.idempotency import Idempotency
-from registry.jobs.spec import LoraSpec, TrainSpec
+from registry.jobs.spec import LoraSpec, MergeOptions, TrainSpec
 from registry.jobs.submit import Submitted, submit_merge
 from registry.models import IdempotencyKey, Job, JobEvent, Outbox
 from tests.factories import make_adapter, make_file, make_tenant, make_version
@@ -170,9 +170,9 @@ def test_a_request_refused_for_quota_may_be_sent_again_with_its_key(sessions: Se
 def test_merges_use_the_same_quota(sessions: SessionFactory) -> None:
     with transaction(sessions) as session:
         version = make_version(session, make_adapter(session, make_tenant(session, max_queued=1)))
-        submit_merge(session, version=version, dtype="base")
+        submit_merge(session, version=version, options=MergeOptions())
         with pytest.raises(QuotaExceeded):
-            submit_merge(session, version=version, dtype="float32")
+            submit_merge(session, version=version, options=MergeOptions(dtype="float32"))
 
 
 # ── what is checked before a job exists ──────────────────────────────────────────────────────────
