@@ -4,7 +4,9 @@ import time
 from pathlib import Path
 
 from lora_core.merge import MergeReport, merge
+from lora_core.plan import plan_merge
 from lora_core.recipe import Recipe
+from worker.certificate import write_certificate
 from worker.protocol import ResultMessage, StepMessage
 from worker.reporter import Reporter
 from worker.task import OUT, MergeTask
@@ -25,16 +27,21 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
             reporter.step(StepMessage(step=done, total_steps=total))
 
     options = task.options
+    if task.recipe_file:
+        recipe = Recipe.from_json(task.recipe_file.read_bytes())
+    else:
+        recipe = plan_merge(task.base_dir, task.adapter_dir).recipe
     report = merge(
         task.base_dir,
         task.adapter_dir,
         workspace / OUT,
-        recipe=Recipe.from_json(task.recipe_file.read_bytes()) if task.recipe_file else None,
+        recipe=recipe,
         dtype=None if options.dtype == "base" else options.dtype,
         scale=options.scale,
         shard_size=options.shard_size,
         on_progress=on_progress,
     )
+    write_certificate(workspace, report.tensors, recipe.config_changes)
     return ResultMessage(metrics=summarize(report))
 
 

@@ -11,13 +11,14 @@ from registry.jobs.publish import publish_merge
 from registry.jobs.spec import MergeOptions
 from registry.models import Job
 from worker.attempt import Attempt
+from worker.certificate import read_certificate
 from worker.errors import JobFailed
 from worker.heart import Heart
 from worker.host import Host
 from worker.inputs import fetch_base, fetch_file, read_inputs
 from worker.merge_recipe import RECIPE_FILE
 from worker.protocol import ResultMessage
-from worker.publish import OutputFile, conclude, describe, store_outputs
+from worker.publish import TOKENIZER_FILES, OutputFile, conclude, describe, store_outputs
 from worker.run_task import run_task
 from worker.task import OUT, MergeTask
 
@@ -38,16 +39,18 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     options = MergeOptions.model_validate(inputs.spec.model_dump(exclude={"version_id"}))
     task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, options=options)
     result = run_task(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
-    _publish(host, attempt, heart, inputs, out=workspace / OUT, result=result)
+    _publish(host, attempt, heart, inputs, workspace=workspace, result=result)
 
 
 def _publish(
-    host: Host, attempt: Attempt, heart: Heart, inputs: MergeInputs, *, out: Path, result: ResultMessage
+    host: Host, attempt: Attempt, heart: Heart, inputs: MergeInputs, *, workspace: Path, result: ResultMessage
 ) -> None:
     attempt.news.phase("publishing")
+    out = workspace / OUT
+    certificate = read_certificate(workspace)
     files = merged_files(out)
     blobs = store_outputs(host, attempt, out, files)
-    report = make_report(inputs, files, result)
+    report = make_report(inputs, files, result) | certificate
 
     def publish() -> None:
         with transaction(host.sessions) as session:
@@ -88,5 +91,6 @@ def make_report(inputs: MergeInputs, files: list[OutputFile], result: ResultMess
         "scale": inputs.spec.scale,
         "shard_size": inputs.spec.shard_size,
         "bytes": sum(file.size for file in files),
+        "tokenizer": {file.path: file.sha256 for file in files if file.path in TOKENIZER_FILES},
         **result.metrics,
     }

@@ -56,7 +56,23 @@ MERGE = {
     "progress": {"tensors": 311, "of": 311},
     "error": None,
     "digest": DIGEST,
-    "report": {"changed_tensors": 196},
+    "report": {
+        "base_digest": DIGEST,
+        "merged_tensors": 1,
+        "copied_tensors": 310,
+        "tensors": [
+            {
+                "name": "model.layers.0.self_attn.q_proj.weight",
+                "relative_delta": 0.0124,
+                "rounding_loss": 0.0931,
+                "cosine": 0.9957,
+                "changed_share": 0.871,
+            }
+        ],
+        "untied": False,
+        "unmatched_keys": 0,
+        "tokenizer": {"tokenizer.json": _SHA256},
+    },
     "files": [{"path": "model.safetensors", "bytes": 1192000000, "sha256": _SHA256}],
     "created_at": 1790000200,
     "finished_at": 1790000230,

@@ -61,8 +61,24 @@ def test_a_job_becomes_an_adapter_and_a_merge_that_others_load(
     assert done.digest
     assert done.report is not None
     assert done.report["merged_tensors"] == 4
+    check_certificate(done.report, {file.path: file.blob.sha256 for file in merged_files})
     merged = AutoModelForCausalLM.from_pretrained(download(depot, merged_files, tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), adapted, atol=1e-5, rtol=1e-5)
+
+
+def check_certificate(report: dict[str, Any], digests: dict[str, str]) -> None:
+    """Each changed tensor with what rounding left of its change; nothing here is tied; the tokenizer is the base's."""
+    assert len(report["tensors"]) == 4
+    for tensor in report["tensors"]:
+        assert "q_proj" in tensor["name"] or "v_proj" in tensor["name"]
+        assert 0 < tensor["relative_delta"] < 1
+        assert 0 < tensor["rounding_loss"] < 1e-3
+        assert tensor["cosine"] > 0.999
+        assert tensor["changed_share"] > 0.9
+    assert (report["unmatched_keys"], report["untied"]) == (0, False)
+    assert report["tokenizer"] == {
+        name: sha256 for name, sha256 in digests.items() if "token" in name or "chat" in name
+    }
 
 
 def test_a_merge_has_the_scale_and_the_shards_that_were_asked_for(
