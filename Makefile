@@ -32,7 +32,7 @@ test-fast: setup ## Run the tests of one room: make test-fast ROOM=registry
 	$(BIN)/python -m pytest -x -q tests/$(ROOM)
 
 test-radosgw: setup ## Run the storage conformance suite against Debian's radosgw (installs it; needs root)
-	.ci/radosgw.sh $(BIN)/python
+	.ci/radosgw.sh
 
 lint: setup ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
