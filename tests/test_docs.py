@@ -1,6 +1,8 @@
 """Documentation that cannot rot: what the code knows, the documents name."""
 
+import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import api.refusals  # noqa: F401 - its errors count too
@@ -61,3 +63,28 @@ def test_every_folder_is_on_the_map() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text()
     folders = [p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()]
     assert [name for name in folders if f"{name}/" not in page] == []
+
+
+@cache
+def names_in(path: str) -> set[str]:
+    """The names of all test functions and methods in a file; none if it is not there."""
+    file = ROOT / path
+    tree = ast.parse(file.read_text()) if file.is_file() else ast.Module([], [])
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def named_tests(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / page).read_text())
+
+
+def test_every_test_that_documents_name_exists() -> None:
+    named = [pair for page in ("docs/guarantees.md", "ARCHITECTURE.md") for pair in named_tests(page)]
+    assert [f"{path}::{name}" for path, name in named if name not in names_in(path)] == []
+
+
+def test_every_guarantee_and_every_invariant_has_a_test() -> None:
+    for page, heading in (("docs/guarantees.md", "## What is promised"), ("ARCHITECTURE.md", "## Invariants")):
+        section = (ROOT / page).read_text().split(heading)[1].split("\n## ")[0]
+        rows = re.findall(r"^\| \d+ \|.*$", section, flags=re.MULTILINE)
+        assert len(rows) > 9
+        assert [row for row in rows if not re.search(r"`[\w/]+\.py::\w+`", row)] == []
