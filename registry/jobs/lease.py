@@ -43,19 +43,19 @@ def claim(session: Session, *, queues: Sequence[str], worker: str, lease_seconds
     Must be the first thing in its transaction: it may wait for a tenant's lock, and never waits for one while it
     holds another."""
     # Tenants whose lock is free come first; a busy one is waited for only when nobody else has work.
+    passed_over: list[Line] = []
     for wait in (False, True):
-        passed_over: list[Line] = []
-        while line := _next_line(session, queues, passed_over):
-            attempt = session.begin_nested()
-            if _has_room(session, line.tenant_id, wait=wait):
+        attempt = session.begin_nested()
+        while line := _lock_next_line(session, queues, passed_over, wait=wait):
+            if _has_room(session, line.tenant_id):
                 job = _take(session, line, worker=worker, lease_seconds=lease_seconds)
                 if job is not None:
                     attempt.commit()
                     return job
             attempt.rollback()  # gives the tenant's lock back
             passed_over.append(line)
-        if not passed_over:
-            break
+            attempt = session.begin_nested()
+        attempt.rollback()
     return None
 
 
@@ -94,9 +94,11 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
     return requeue(session, job, delay_seconds=0)
 
 
-def _next_line(session: Session, queues: Sequence[str], passed_over: Sequence[Line]) -> Line | None:
+def _lock_next_line(session: Session, queues: Sequence[str], passed_over: Sequence[Line], *, wait: bool) -> Line | None:
     """The line whose first job is the most urgent; among equals, that of the tenant that runs the fewest.
 
+    Its tenant is locked, so that nobody else claims for it; a tenant that is locked already is waited for or, in the
+    same look, left to others: a crowd of claimers spreads instead of trying every tenant in turn.
     One look into the index per tenant and queue, however many jobs wait."""
     served = func.unnest(cast(queues, ARRAY(String))).table_valued("queue").render_derived(name="served")
     queue = served.c.queue
@@ -108,16 +110,14 @@ def _next_line(session: Session, queues: Sequence[str], passed_over: Sequence[Li
     if passed_over:
         lines = lines.where(tuple_(Tenant.id, queue).not_in([(line.tenant_id, line.queue) for line in passed_over]))
     running = func.coalesce(owned.c.jobs, 0)
-    row = session.execute(lines.order_by(first.c.priority, running, first.c.run_after).limit(1)).one_or_none()
+    lines = lines.order_by(first.c.priority, running, first.c.run_after).limit(1)
+    row = session.execute(lines.with_for_update(of=Tenant, key_share=True, skip_locked=not wait)).one_or_none()
     return None if row is None else Line(*row)
 
 
-def _has_room(session: Session, tenant_id: uuid.UUID, *, wait: bool) -> bool:
-    """Locks the tenant, so that nobody else claims for it, then counts what it runs."""
-    lock = select(Tenant.max_running).where(Tenant.id == tenant_id)
-    max_running = session.scalar(lock.with_for_update(key_share=True, skip_locked=not wait))
-    if max_running is None:
-        return False
+def _has_room(session: Session, tenant_id: uuid.UUID) -> bool:
+    """Whether the locked tenant may run one more."""
+    max_running = session.scalars(select(Tenant.max_running).where(Tenant.id == tenant_id)).one()
     running = select(func.count()).select_from(Job).where(Job.tenant_id == tenant_id, IS_OWNED)
     return session.scalars(running).one() < max_running
 

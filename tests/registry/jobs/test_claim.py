@@ -1,7 +1,8 @@
 import functools
 import uuid
+from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import Engine, event, func, select, text
 
 from registry.db import SessionFactory, transaction
 from registry.jobs.lease import claim
@@ -88,6 +89,26 @@ def test_a_tenant_whose_lock_is_held_does_not_delay_another(sessions: SessionFac
         holder.execute(text("SELECT 1 FROM tenants WHERE id = :id FOR UPDATE"), {"id": busy.tenant_id})
         job = claim_one(sessions)
         assert job is not None and job.tenant_id == free.tenant_id
+
+
+def test_tenants_whose_locks_are_held_cost_one_look_together(sessions: SessionFactory, engine: Engine) -> None:
+    busy = [queue_jobs(sessions, 1).tenant_id for _ in range(5)]
+    free = queue_jobs(sessions, 1).tenant_id
+    looks: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM tenants JOIN" in statement:
+            looks.append(statement)
+
+    with transaction(sessions) as holder:
+        holder.execute(text("SELECT 1 FROM tenants WHERE id = ANY(:ids) FOR UPDATE"), {"ids": busy})
+        event.listen(engine, "before_cursor_execute", note)
+        try:
+            job = claim_one(sessions)
+        finally:
+            event.remove(engine, "before_cursor_execute", note)
+        assert job is not None and job.tenant_id == free
+    assert len(looks) == 1
 
 
 def test_a_claim_that_finds_nothing_keeps_no_lock(sessions: SessionFactory) -> None:
