@@ -1,9 +1,8 @@
 """The job engine in real Postgres that waits for its disk: claiming from a long queue, and submitting without Redis.
 
 Claimers are processes of their own, each with one connection, as slots of fifty workers would be: each takes a job,
-gives it back, and the queue stays as long as it was. No other system does the same with the same promises, so
-claiming has no peer. A submit is compared with itself: beside a relay whose Redis answers, and beside one whose Redis
-accepts connections and says nothing."""
+gives it back, and the queue stays as long as it was. Claiming is measured without a peer. A submit is compared with
+itself: beside a relay whose Redis answers, and beside one whose Redis accepts connections and says nothing."""
 
 import argparse
 import os
@@ -15,14 +14,17 @@ from bench.claimers import run_claimers
 from bench.harness import Row, write
 from bench.servers import empty_and_fill, servers
 from bench.submits import submitting
+from registry.settings import Settings
+
+POLL_SECONDS: float = Settings.model_fields["poll_seconds"].default
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--claimers", type=int, default=50)
-    parser.add_argument("--poll", type=float, default=1.0, help="seconds between two claims of one claimer")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each claiming run")
+    parser.add_argument("--poll", type=float, default=POLL_SECONDS, help="seconds between two claims of one claimer")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each claiming run")
     parser.add_argument("--submits", type=int, default=200, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -37,8 +39,8 @@ def main() -> None:
     note = (
         f"Postgres with fsync and synchronous_commit on, on the same {os.cpu_count()} cores as {options.claimers} "
         f"claimer processes; {options.jobs} queued jobs. A claim is timed in Python, from the start of its transaction "
-        f"to the end of its commit. A worker polls every 5 s, a claimer here every {options.poll:g} s. Load average "
-        f"before: {load:.1f}; above the number of cores the clock says little."
+        f"to the end of its commit. Idle slots poll every {POLL_SECONDS:g} s unless told; claimers here "
+        f"every {options.poll:g} s. Load average before: {load:.1f}; above the number of cores the clock says little."
     )
     write("jobs", rows, note=note)
 
