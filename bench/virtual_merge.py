@@ -71,7 +71,7 @@ def main() -> None:
         rows = [*compare(depot, options.rounds), first_bytes(depot, options.offsets)]
         note = f"bf16 Llama, hidden 2048, {options.layers} layers, r = 16 on all linears; a shard of {depot.size} bytes"
     note += "; a stored file is read and hashed, a computed one multiplied in float64, added, rounded and checked"
-    load_told = f"load at start {load:.1f} on {os.cpu_count()} cores: others were at work"
+    load_told = f"load at start {load:.1f} on {os.cpu_count()} cores"
     write("virtual_merge", rows, note=f"{note}; {load_told}")
 
 
