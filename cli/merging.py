@@ -1,6 +1,5 @@
 """Merging on this machine: any two folders, or an adapter from the depot into a base that is already here."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +14,7 @@ from cli.client import Client
 from cli.errors import BadDownload, CommandError, Refused
 from cli.objects import BaseModelInfo, Version
 from cli.transfer import download, sha256_of
+from lora_core.digest import folder_digest
 
 if TYPE_CHECKING:
     from lora_core.merge import MergeReport
@@ -106,16 +106,10 @@ def merge_here(
     return f"{version['ref']} merged is in {out} ({len(report.files)} files; {checked})."
 
 
-def base_digest(files: Mapping[str, str]) -> str:
-    """The digest of a base model, from the SHA-256 of its files by name."""
-    lines = sorted(f"{sha256}  {path}\n" for path, sha256 in files.items())
-    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
-
-
 def _differing(folder: Path, registered: BaseModelInfo) -> list[str]:
     """Files of the registered base that the folder lacks or has with other bytes."""
     wanted = {file["path"]: file["sha256"] for file in registered["files"]}
-    if base_digest(wanted) != registered["digest"]:
+    if f"sha256:{folder_digest(wanted)}" != registered["digest"]:
         raise CommandError(f"The server's list of {registered['name']} does not fit its digest.", code="bad_listing")
     if strange := [path for path in wanted if Path(path).name != path]:
         raise BadDownload(f"The server names a file {strange[0][:80]!r}, which is no plain file name.")

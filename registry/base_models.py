@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, selectinload
 
 from lora_core import base as lora_base
 from lora_core import strict_json
+from lora_core.digest import folder_digest
 from lora_core.errors import BadBase, BadHeader
 from lora_core.header import Header, header_length, parse_header
 from registry.blobs import take_refs
@@ -93,7 +94,7 @@ def create_base_model(
     the uploads may be deleted afterwards."""
     _check_request(name, source, revision, files)
     blobs = _find_blobs(session, tenant_id, files)
-    digest = _digest(blobs)
+    digest = folder_digest({path: blob.sha256 for path, blob in blobs.items()})
     model = find_base_model(session, name)
     if model is None:
         values = {"name": name, "source": source, "revision": revision, "digest": digest}
@@ -159,11 +160,6 @@ def _find_blobs(session: Session, tenant_id: uuid.UUID, files: Mapping[str, uuid
             raise UnknownBaseFile(param=f"files.{path}")
         blobs[path] = file.blob
     return blobs
-
-
-def _digest(blobs: Mapping[str, Blob]) -> str:
-    lines = sorted(f"{blob.sha256}  {path}\n" for path, blob in blobs.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _insert(session: Session, values: dict[str, Any], blobs: Mapping[str, Blob]) -> BaseModel:

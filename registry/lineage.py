@@ -4,10 +4,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Literal
 
-from sqlalchemy import select, union_all
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from registry.models import LineageEdge, Merge, Version
+from registry.models import LineageEdge
 
 Kind = Literal["version", "merge", "file", "base_model"]
 Relation = Literal["trained_on", "validated_on", "based_on", "merged_from"]
@@ -33,18 +33,6 @@ def parents_of(session: Session, child: Node) -> list[LineageEdge]:
     """What `child` was made from. The caller has already shown that the child is its own."""
     kind, child_id = child
     return parents_by_child(session, kind, [child_id])[child_id]
-
-
-def children_of(session: Session, parent: Node, *, tenant_id: uuid.UUID) -> list[LineageEdge]:
-    """What this tenant made from `parent`. A base model has children of every tenant; only this one's are listed."""
-    own = union_all(
-        select(Version.id).where(Version.tenant_id == tenant_id),
-        select(Merge.id).where(Merge.tenant_id == tenant_id),
-    )
-    edges = select(LineageEdge).where(
-        LineageEdge.parent_kind == parent[0], LineageEdge.parent_id == parent[1], LineageEdge.child_id.in_(own)
-    )
-    return list(session.scalars(edges.order_by(LineageEdge.created_at, LineageEdge.child_id)))
 
 
 def parents_by_child(session: Session, kind: Kind, ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[LineageEdge]]:

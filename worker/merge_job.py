@@ -1,10 +1,10 @@
 """A merge job from claim to published files."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from lora_core.base import is_base_file
+from lora_core.digest import folder_digest
 from registry.db import transaction
 from registry.jobs.inputs import MergeInputs, merge_inputs
 from registry.jobs.publish import publish_merge
@@ -59,7 +59,7 @@ def _publish(
                 job_id=attempt.job_id,
                 fence=attempt.fence,
                 files=blobs,
-                digest=folder_digest(files),
+                digest=folder_digest({file.path: file.sha256 for file in files}),
                 report=report,
             )
 
@@ -73,12 +73,6 @@ def merged_files(out: Path) -> list[OutputFile]:
     if out.is_symlink() or strange or not any(name.endswith(".safetensors") for name in names):
         raise JobFailed("bug", "invalid_output", "The merge left files that are not a model.")
     return [describe(out, name) for name in names]
-
-
-def folder_digest(files: list[OutputFile]) -> str:
-    """SHA-256 of the sorted lines '<sha256>  <path>', as base models have it."""
-    lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def make_report(inputs: MergeInputs, files: list[OutputFile], result: ResultMessage) -> dict[str, Any]:

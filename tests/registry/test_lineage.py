@@ -24,22 +24,6 @@ def test_a_version_knows_what_it_was_made_from(session: Session) -> None:
     ]
 
 
-def test_children_of_a_shared_parent_are_each_tenants_own(session: Session) -> None:
-    base = make_base_model(session)
-    versions = []
-    for tenant in (make_tenant(session), make_tenant(session)):
-        version = make_version(session, make_adapter(session, tenant, base))
-        versions.append(version)
-        lineage.record(
-            session, child=("version", version.id), relation="based_on", parent=("base_model", base.id), digest=None
-        )
-    for version in versions:
-        edges = lineage.children_of(session, ("base_model", base.id), tenant_id=version.tenant_id)
-        assert [edge.child_id for edge in edges] == [version.id]
-    stranger = make_tenant(session)
-    assert lineage.children_of(session, ("base_model", base.id), tenant_id=stranger.id) == []
-
-
 def test_the_kind_is_part_of_the_node(session: Session) -> None:
     some_id = uuid.uuid4()
     lineage.record(
