@@ -14,21 +14,23 @@ from lora_core.checkpoint import Fingerprint
 from lora_core.data import Example
 from lora_core.inject import lora_layers
 from lora_core.train import TrainConfig
+from lora_core.trainable import trained_parameters
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
-_CODE = ("batching", "data", "inject", "layers", "loss", "schedule", "state", "train")
+_CODE = ("batching", "data", "inject", "layers", "loss", "schedule", "state", "task", "train", "trainable")
 
 
 def take_fingerprint(model: Any, examples: Sequence[Example], config: TrainConfig, *, base_digest: str) -> Fingerprint:
-    """Of training the LoRA layers of `model` on `examples`, here and now. `base_digest` names the frozen weights."""
+    """Of training `model` on `examples`, here and now. `base_digest` names the frozen weights."""
     layers = lora_layers(model)
-    adapted = [(path, layer.scaling, layer.lora_dropout, *layer.lora_A.shape) for path, layer in layers.items()]
+    adapted = [(path, type(layer).__name__, layer.scaling, layer.lora_dropout) for path, layer in layers.items()]
+    trained = [(name, *parameter.shape) for name, parameter in trained_parameters(model).items()]
     inputs = {
         "base_model": base_digest,
         "examples": _digest(
             part for e in examples for part in (e.input_ids, e.labels, len(e.labels).to_bytes(8, "big"))
         ),
-        "lora": _digest([repr(adapted).encode()]),
+        "lora": _digest([repr((adapted, trained)).encode()]),
         "training": _digest([repr(sorted(asdict(config).items())).encode()]),
     }
     environment = {name: version(name) for name in _LIBRARIES}

@@ -18,8 +18,8 @@ from lora_core.checkpoint import (
 )
 from lora_core.errors import BadCheckpoint, BadHeader, CheckpointMismatch
 from lora_core.header import BASE_HEADER_BYTES, encode_header, header_length, parse_header
-from lora_core.inject import lora_layers
 from lora_core.shards import HashingWriter, staged_directory
+from lora_core.trainable import trained_parameters
 
 _DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -30,7 +30,7 @@ _RNG = ("rng.cpu", "rng.cuda")
 class TrainState:
     """A run after `step` optimizer steps; `tensors` lie in main memory and share nothing with the run.
 
-    Per factor `lora.<path>.lora_A`, the moments `exp_avg.…` and `exp_avg_sq.…`, and `updates.…`, which AdamW counts;
+    Per trained parameter `lora.<name>`, its moments `exp_avg.…` and `exp_avg_sq.…`, and `updates.…`, AdamW's count;
     `rng.cpu` and, on CUDA, `rng.cuda`. The order of the data needs no state: it follows from seed, epoch and step.
     """
 
@@ -44,7 +44,7 @@ class TrainState:
 def capture_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The `tensors` of a TrainState, after at least one optimizer step."""
     found: dict[str, Tensor] = {}
-    for name, factor in _factors(model).items():
+    for name, factor in trained_parameters(model).items():
         kept = optimizer.state[factor]
         found[f"lora.{name}"] = factor
         found[f"exp_avg.{name}"] = kept["exp_avg"]
@@ -60,13 +60,13 @@ def capture_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 @torch.no_grad()
 def restore_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put back what `capture_tensors` took. CheckpointMismatch unless the names and shapes are those of `model`."""
-    factors = _factors(model)
+    factors = trained_parameters(model)
     wanted = {f"{kind}.{name}": f.shape for name, f in factors.items() for kind in ("lora", "exp_avg", "exp_avg_sq")}
     wanted |= {f"updates.{name}": torch.Size([1]) for name in factors}
     given = {name: tensor.shape for name, tensor in tensors.items() if name not in _RNG}
     if wanted != given or "rng.cpu" not in tensors:
         name = next(iter(sorted(wanted.items() ^ given.items())), ("rng.cpu",))[0]
-        raise CheckpointMismatch(f"the checkpoint does not fit the model's LoRA layers: {name} differs")
+        raise CheckpointMismatch(f"the checkpoint does not fit what the model trains: {name} differs")
     for name, factor in factors.items():
         factor.copy_(tensors[f"lora.{name}"])
         optimizer.state[factor] = {
@@ -140,13 +140,5 @@ def _tensors(content: bytearray) -> dict[str, Tensor]:
     return found
 
 
-def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{path}.{name}": getattr(layer, name)
-        for path, layer in lora_layers(model).items()
-        for name in ("lora_A", "lora_B")
-    }
-
-
 def _device(model: nn.Module) -> torch.device:
-    return next(iter(_factors(model).values())).device
+    return next(iter(trained_parameters(model).values())).device

@@ -1,4 +1,4 @@
-"""The training loop: AdamW on the LoRA factors, loss averaged over labelled tokens. No files, no network."""
+"""The training loop: AdamW on whatever is unfrozen, loss averaged over targets. No files, no network."""
 
 import math
 import time
@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from lora_core.batching import epoch_steps, micro_batches
-from lora_core.data import Example
 from lora_core.errors import BadConfig, CheckpointMismatch, NoGradient, TrainingDiverged
-from lora_core.inject import lora_layers, lora_parameters
-from lora_core.loss import collate, loss_sum
 from lora_core.schedule import Schedule, lr_factor
 from lora_core.state import TrainState, capture_tensors, restore_tensors
+from lora_core.task import CAUSAL_LM, Task
+from lora_core.trainable import trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +78,30 @@ class TrainResult:
 
 def train(
     model: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Any],
     config: TrainConfig,
     *,
-    eval_examples: Sequence[Example] | None = None,
+    task: Task = CAUSAL_LM,
+    eval_examples: Sequence[Any] | None = None,
+    after_step: Callable[[int], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     resume_from: TrainState | None = None,
     on_checkpoint: Callable[[TrainState], None] | None = None,
     should_checkpoint: Callable[[StepReport], bool] = lambda _: True,
 ) -> TrainResult:
-    """Train the LoRA layers of `model` in place; equal inputs on equal hardware give equal bits.
+    """Train every unfrozen parameter of `model` in place; equal inputs on equal hardware give equal bits.
 
-    After each step: `on_step`, then `on_checkpoint` if `should_checkpoint`, then `should_stop`. Whoever goes on with
-    `resume_from`, a state of the same run, gets the bits of the run that was never interrupted.
-    TrainingDiverged if the loss or a gradient is not finite; NoGradient if a factor is out of the loss's reach.
+    `after_step` is called with the step's number while its gradients are still there. After each step: `on_step`,
+    then `on_checkpoint` if `should_checkpoint`, then `should_stop`. Whoever goes on with `resume_from`, a state of
+    the same run, gets the bits of the run that was never interrupted.
+    TrainingDiverged if the loss or a gradient is not finite; NoGradient if a parameter is out of the loss's reach.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # dropout
         model.train()
         try:
-            run = _Run(model, examples, config)
+            run = _Run(model, examples, config, task, after_step)
             if resume_from is not None:
                 run.restore(resume_from)
             return run.run(eval_examples, on_step, should_stop, on_checkpoint, should_checkpoint)
@@ -108,25 +110,36 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Sequence[Example], *, tokens_per_batch: int = 4096) -> float:
-    """Mean loss per labelled token. The model's mode is kept."""
+def evaluate(model: Any, examples: Sequence[Any], *, task: Task = CAUSAL_LM, tokens_per_batch: int = 4096) -> float:
+    """Mean loss per target. The model's mode is kept."""
     was_training = model.training
     model.eval()
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = [task.length(example) for example in examples]
     total = 0.0
     for piece in micro_batches(range(len(examples)), lengths, max_tokens=tokens_per_batch):
-        total += loss_sum(model, *collate([examples[row] for row in piece], model.device)).item()
+        total += task.loss_sum(model, task.collate([examples[row] for row in piece], model.device)).item()
     model.train(was_training)
-    return total / sum(example.targets for example in examples)
+    return total / sum(task.targets(example) for example in examples)
 
 
 class _Run:
-    def __init__(self, model: Any, examples: Sequence[Example], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Any],
+        config: TrainConfig,
+        task: Task,
+        after_step: Callable[[int], None] | None,
+    ) -> None:
         self.model = model
         self.examples = examples
         self.config = config
-        self.lengths = [len(example.input_ids) for example in examples]
-        self.parameters = lora_parameters(model)
+        self.task = task
+        self.after_step = after_step
+        self.lengths = [task.length(example) for example in examples]
+        self.parameters = list(trained_parameters(model).values())
+        if not self.parameters:
+            raise NoGradient("the model has nothing to train", modules=[])
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total_steps = min(config.n_epochs * self.steps_per_epoch, config.max_steps or 2**62)
@@ -147,7 +160,7 @@ class _Run:
 
     def run(
         self,
-        eval_examples: Sequence[Example] | None,
+        eval_examples: Sequence[Any] | None,
         on_step: Callable[[StepReport], None] | None,
         should_stop: Callable[[], bool] | None,
         on_checkpoint: Callable[[TrainState], None] | None,
@@ -177,7 +190,7 @@ class _Run:
             steps = epoch_steps(self.lengths, seed=self.config.seed, epoch=epoch, batch_size=self.config.batch_size)
             yield from steps[first : first + self.total_steps - self.done]
 
-    def _advance(self, rows: list[int], eval_examples: Sequence[Example] | None) -> StepReport:
+    def _advance(self, rows: list[int], eval_examples: Sequence[Any] | None) -> StepReport:
         """One optimizer step, and an evaluation when an epoch or the run ends with it."""
         step = self.done + 1
         started = time.perf_counter()
@@ -188,7 +201,8 @@ class _Run:
         self.done = step
         due = step % self.steps_per_epoch == 0 or step == self.total_steps
         if due and eval_examples:
-            self.eval_loss = evaluate(self.model, eval_examples, tokens_per_batch=self.config.tokens_per_batch)
+            limit = self.config.tokens_per_batch
+            self.eval_loss = evaluate(self.model, eval_examples, task=self.task, tokens_per_batch=limit)
         return StepReport(
             step=step,
             total_steps=self.total_steps,
@@ -203,12 +217,12 @@ class _Run:
 
     def _step(self, step: int, rows: list[int]) -> tuple[float, float, float]:
         """One optimizer step over `rows`; returns (loss, lr, grad_norm)."""
-        # Averaged over the tokens of the step, not over micro-batches, whose sizes differ.
-        targets = sum(self.examples[row].targets for row in rows)
+        # Averaged over the targets of the step, not over micro-batches, whose sizes differ.
+        targets = sum(self.task.targets(self.examples[row]) for row in rows)
         loss = 0.0
         for piece in micro_batches(rows, self.lengths, max_tokens=self.config.tokens_per_batch):
-            batch = collate([self.examples[row] for row in piece], self.model.device)
-            share = loss_sum(self.model, *batch) / targets
+            batch = self.task.collate([self.examples[row] for row in piece], self.model.device)
+            share = self.task.loss_sum(self.model, batch) / targets
             loss += share.item()
             if not math.isfinite(loss):
                 raise TrainingDiverged(f"the loss is {loss} at step {step}; lower the learning rate", step=step)
@@ -222,6 +236,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        if self.after_step:
+            self.after_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         return loss, lr, norm
 
@@ -232,8 +248,6 @@ class _Run:
 
 def _require_gradients(model: nn.Module) -> None:
     # A factor that the loss does not reach would be published at its start values.
-    without = [
-        path for path, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
-    ]
-    if without or not lora_parameters(model):
-        raise NoGradient(f"no gradient reaches {', '.join(without[:5]) or 'any LoRA layer'}", modules=without)
+    without = [name for name, parameter in trained_parameters(model).items() if parameter.grad is None]
+    if without:
+        raise NoGradient(f"no gradient reaches {', '.join(without[:5])}", modules=without)

@@ -13,7 +13,9 @@ from lora_core.inject import inject, lora_layers, lora_parameters
 from lora_core.loss import collate, loss_sum
 from lora_core.model import load_base
 from lora_core.schedule import lr_factor
+from lora_core.task import CausalLM
 from lora_core.train import TrainConfig, evaluate, train
+from lora_core.trainable import trained_parameters
 from tests.tiny import FAMILIES, make_base, make_rows
 
 
@@ -134,10 +136,54 @@ def test_a_loss_that_is_not_a_number_is_divergence(llama):
 
 def test_a_factor_out_of_reach_is_reported(llama):
     model, examples = prepared(llama)
-    path, layer = next(iter(lora_layers(model).items()))
-    layer.lora_A.requires_grad_(False)
-    with pytest.raises(NoGradient, match=path):
+    layer = next(iter(lora_layers(model).values()))
+    layer.register_parameter("spare", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(NoGradient, match="spare"):
         train(model, examples, CONFIG)
+
+
+def test_a_model_without_anything_to_train_is_refused(llama):
+    model, tokenizer = load_base(llama)
+    with pytest.raises(NoGradient, match="nothing to train"):
+        train(model, tokenize_rows(tokenizer, make_rows(2), 100).examples, CONFIG)
+
+
+def test_a_frozen_factor_stays_and_the_rest_trains(llama):
+    model, examples = prepared(llama)
+    for layer in lora_layers(model).values():
+        layer.lora_A.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters() if "lora_" in name}
+    train(model, examples, CONFIG)
+    moved = {name for name, value in before.items() if not torch.equal(value, model.get_parameter(name))}
+    assert moved == {name for name in before if name.endswith("lora_B")}
+
+
+def test_after_step_sees_the_gradients_and_the_moved_parameters(llama):
+    model, examples = prepared(llama)
+    seen = []
+
+    def look(step: int) -> None:
+        seen.append((step, all(p.grad is not None for p in trained_parameters(model).values())))
+
+    train(model, examples, CONFIG, after_step=look)
+    assert seen == [(step, True) for step in range(1, 7)]
+
+
+class Halved(CausalLM):
+    """A task of its own, whose loss is half of the usual one."""
+
+    def loss_sum(self, model, batch):
+        return super().loss_sum(model, batch) / 2
+
+
+def test_another_task_brings_its_own_loss(llama):
+    model, examples = prepared(llama)
+    reports = []
+    train(model, examples, dataclasses.replace(CONFIG, max_steps=1), task=Halved(), on_step=reports.append)
+    again, _ = prepared(llama)
+    train(again, examples, dataclasses.replace(CONFIG, max_steps=1), on_step=reports.append)
+    assert reports[0].loss == pytest.approx(reports[1].loss / 2)
+    assert evaluate(model, examples, task=Halved()) == pytest.approx(evaluate(model, examples) / 2)
 
 
 def test_bfloat16_base_trains_float32_factors(tmp_path):
