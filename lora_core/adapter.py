@@ -10,7 +10,7 @@ from lora_core.config import ALL_LINEAR, LoraConfig, match_targets
 from lora_core.errors import KeyMismatch, ShapeMismatch
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, adapter_pairs, check_adapter, read_adapter_header, read_factor
 from lora_core.header import encode_header
-from lora_core.inject import inject, linear_layers, lora_layers
+from lora_core.inject import adapter_layers, inject, linear_layers, lora_layers
 from lora_core.shards import ByteReader
 
 
@@ -21,9 +21,8 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: Path) -> None:
     """
     layers = lora_layers(model)
     tensors: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B
+    for path, layer in adapter_layers(model).items():
+        tensors |= {f"base_model.model.{path}.{name}": tensor for name, tensor in layer.adapter_tensors().items()}
     head, header = encode_header(
         [(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()], {"format": "pt"}
     )
@@ -54,11 +53,12 @@ def load_adapter(model: nn.Module, directory: Path) -> LoraConfig:
             raise ShapeMismatch(f"{path} is {list(base[path].weight.shape)}, the adapter is for {[rows, columns]}")
     inject(model, facts.config, seed=0)
     header = read_adapter_header(directory)
-    layers = lora_layers(model)
-    with ByteReader(directory / WEIGHTS_FILE) as reader, torch.no_grad():
+    layers = adapter_layers(model)
+    with ByteReader(directory / WEIGHTS_FILE) as reader:
         for path, pair in adapter_pairs(header, facts.config).items():
-            layers[path].lora_A.copy_(torch.from_numpy(read_factor(reader, header, pair.lora_A)))
-            layers[path].lora_B.copy_(torch.from_numpy(read_factor(reader, header, pair.lora_B)))
+            factors = {"lora_A.weight": pair.lora_A, "lora_B.weight": pair.lora_B}
+            read = {name: read_factor(reader, header, info) for name, info in factors.items()}
+            layers[path].load_tensors({name: torch.from_numpy(values) for name, values in read.items()})
     return facts.config
 
 

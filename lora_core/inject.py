@@ -1,10 +1,22 @@
-"""Put LoRA layers into a model, find them, take them out again."""
+"""Put LoRA layers into a model, find them, turn them off, take them out again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from lora_core.config import OUTPUT_LAYER, LoraConfig, match_targets
 from lora_core.errors import BadConfig
+from lora_core.layer import AdapterLayer, LoraLayer
 from lora_core.layers import LoraLinear
+
+# Kind of base module → the layer that adapts it; of several kinds that fit, the most derived counts.
+LAYER_KINDS: dict[type[nn.Module], type[LoraLayer]] = {nn.Linear: LoraLinear}
+
+
+def layer_class(base_layer: nn.Module) -> type[LoraLayer] | None:
+    """What adapts a module of this kind; None if nothing does."""
+    return next((LAYER_KINDS[kind] for kind in type(base_layer).__mro__ if kind in LAYER_KINDS), None)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -29,28 +41,40 @@ def inject(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
         raise BadConfig(f"{OUTPUT_LAYER} shares its weight with the input embedding and cannot be a target")
     model.requires_grad_(requires_grad=False)
     for path in paths:
-        wrapped = LoraLinear(
-            layers[path],
-            path=path,
-            r=config.rank_for(path),
-            scaling=config.scaling_for(path),
-            lora_dropout=config.lora_dropout,
-            gaussian=config.init_lora_weights == "gaussian",
-            seed=seed,
-        )
-        model.set_submodule(path, wrapped)
+        kind = layer_class(layers[path])
+        if kind is None:
+            raise BadConfig(f"{path} is of a kind that no layer here adapts")
+        model.set_submodule(path, kind.from_config(layers[path], path, config, seed))
     return paths
 
 
 def eject(model: nn.Module) -> None:
-    """Take every LoRA layer out: the model is the frozen base again, ready for another adapter."""
-    for path, layer in lora_layers(model).items():
+    """Take every adapted layer out: the model is the frozen base again, ready for another adapter."""
+    for path, layer in adapter_layers(model).items():
         model.set_submodule(path, layer.base_layer)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The model computes what its base computes, bit for bit, until the block ends."""
+    layers = [layer for layer in adapter_layers(model).values() if layer.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Path → every adapted module, those with whole parameters or rows of their own included, sorted."""
+    return {name: module for name, module in sorted(model.named_modules()) if isinstance(module, AdapterLayer)}
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Path → every LoRA layer, sorted."""
-    return {name: module for name, module in sorted(model.named_modules()) if isinstance(module, LoraLinear)}
+    return {name: module for name, module in adapter_layers(model).items() if isinstance(module, LoraLayer)}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,13 +1,15 @@
 """`LoraLinear`: a frozen linear layer plus scaling · lora_B · lora_A (arXiv:2106.09685, section 4.1)."""
 
-import hashlib
-import math
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lora_core.config import LoraConfig
+from lora_core.layer import LoraLayer
 
 
 class LoraFunction(torch.autograd.Function):
@@ -61,12 +63,10 @@ class LoraFunction(torch.autograd.Function):
         return dx, None, None, dA, dB, None, None
 
 
-class LoraLinear(nn.Module):
-    """Wraps `base_layer` and freezes it; `lora_A` (r, in) and `lora_B` (out, r) are float32 and trained.
+class LoraLinear(LoraLayer):
+    """y = base(x) + scaling · x·Aᵀ·Bᵀ with `lora_A` (r, in) and `lora_B` (out, r), which starts at zero."""
 
-    `path` is the module's name in the model: with `seed` it alone decides the start of lora_A, whatever else the
-    model holds. lora_A starts Kaiming-uniform (a = √5), or normal with deviation 1/r; lora_B starts at zero.
-    """
+    TENSORS = MappingProxyType({"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"})
 
     def __init__(
         self,
@@ -79,25 +79,29 @@ class LoraLinear(nn.Module):
         gaussian: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(requires_grad=False)
-        self.scaling = scaling
-        self.lora_dropout = lora_dropout
+        super().__init__(base_layer, path=path, r=r, scaling=scaling, lora_dropout=lora_dropout, seed=seed)
         out_features, in_features = base_layer.weight.shape
-        device = base_layer.weight.device
-        generator = torch.Generator().manual_seed(_module_seed(seed, path))
-        lora_A = torch.empty(r, in_features, dtype=torch.float32)
-        if gaussian:
-            lora_A.normal_(0.0, 1 / r, generator=generator)
-        else:
-            bound = 1 / math.sqrt(in_features)  # what kaiming_uniform_ with a = √5 comes to
-            lora_A.uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(lora_A.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=device))
+        self.lora_A = self.start((r, in_features), in_features, gaussian=gaussian)
+        self.lora_B = self.zeros(out_features, r)
+
+    @classmethod
+    def from_config(cls, base_layer: nn.Linear, path: str, config: LoraConfig, seed: int) -> Self:
+        """The layer that `config` asks for in the place `path`."""
+        return cls(
+            base_layer,
+            path=path,
+            r=config.rank_for(path),
+            scaling=config.scaling_for(path),
+            lora_dropout=config.lora_dropout,
+            gaussian=config.init_lora_weights == "gaussian",
+            seed=seed,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
         base = self.base_layer
+        if not self.enabled:
+            return base(x)
         keep = None
         if self.training and self.lora_dropout:
             keep = F.dropout(torch.ones_like(x), self.lora_dropout)
@@ -111,7 +115,3 @@ class LoraLinear(nn.Module):
 
 def _dropped(rows: Tensor, keep: Tensor | None) -> Tensor:
     return rows if keep is None else rows * keep.reshape(rows.shape)
-
-
-def _module_seed(seed: int, path: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1

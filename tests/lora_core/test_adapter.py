@@ -10,7 +10,7 @@ from lora_core.adapter import load_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig, KeyMismatch, LoraError, ShapeMismatch, UnknownTargetModules
 from lora_core.gate import check_adapter
-from lora_core.inject import eject, inject, lora_layers, lora_parameters
+from lora_core.inject import adapter_disabled, eject, inject, lora_layers, lora_parameters
 from tests.lora_core.adapters import TOKENS, logits, make_peft_adapter
 from tests.tiny import make_base
 
@@ -136,6 +136,17 @@ def test_ejecting_gives_the_base_back(llama):
     assert not lora_layers(model)
     assert torch.equal(say(model), logits(llama))
     inject(model, LoraConfig(), 0)
+
+
+def test_a_disabled_adapter_is_the_base_bit_for_bit_until_the_block_ends(llama):
+    model = load(llama)
+    inject(model, LoraConfig(), 0)
+    randomize(model)
+    adapted = say(model)
+    with pytest.raises(ZeroDivisionError), adapter_disabled(model):
+        assert torch.equal(say(model), logits(llama))
+        _ = 1 / 0
+    assert torch.equal(say(model), adapted)
 
 
 def test_an_unknown_target_changes_nothing_in_the_model(llama):

@@ -1,0 +1,101 @@
+"""What all adapted modules have in common: a frozen base layer, trained tensors, and PEFT's names for them."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.config import LoraConfig
+from lora_core.errors import KeyMismatch, ShapeMismatch
+
+
+class AdapterLayer(nn.Module):
+    """Stands in the model where `base_layer`, which it freezes, stood under the name `path`.
+
+    With `enabled` = False it computes exactly what the base computes. What else the rest of the model asks of it
+    (weight, bias, embedding_dim, …) is the base layer's.
+    """
+
+    # PEFT's name of a trained tensor, after the module's path → the attribute that holds it, or None
+    TENSORS: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, base_layer: nn.Module, *, path: str) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer.requires_grad_(requires_grad=False)
+        self.path = path
+        self.enabled = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name in self.TENSORS.values():
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """What this layer adds to an adapter file: PEFT's name, after the module's path → the trained tensor."""
+        found = {name: getattr(self, attribute) for name, attribute in self.TENSORS.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the numbers of `tensors`, named like `adapter_tensors`. Nothing changes if one does not fit."""
+        own = self.adapter_tensors()
+        if wrong := sorted(own.keys() ^ tensors.keys()):
+            problem = "is missing" if wrong[0] in own else "has no place in this layer"
+            raise KeyMismatch(f"{self.path}.{wrong[0]} {problem}")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                wanted = list(own[name].shape)
+                raise ShapeMismatch(f"{self.path}.{name} has shape {list(tensor.shape)}, not {wanted}")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+class LoraLayer(AdapterLayer):
+    """`base_layer` plus scaling · (a product of rank r); factors are float32.
+
+    `path` is the module's name in the model: with `seed` it alone decides the start of the factors, whatever else
+    the model holds.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, *, path: str, r: int, scaling: float, lora_dropout: float = 0.0, seed: int = 0
+    ) -> None:
+        super().__init__(base_layer, path=path)
+        self.r = r
+        self.scaling = scaling
+        self.lora_dropout = lora_dropout
+        self.seed = seed
+
+    @classmethod
+    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int) -> "LoraLayer":
+        """The layer that `config` asks for in the place `path`."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """What the layer adds to the base's weight, float32, in its shape and orientation."""
+        raise NotImplementedError
+
+    def start(self, shape: tuple[int, ...], fan_in: int, *, gaussian: bool) -> nn.Parameter:
+        """A factor as it is before training: Kaiming-uniform (a = √5), or normal with deviation 1/r."""
+        generator = torch.Generator().manual_seed(_module_seed(self.seed, self.path))
+        factor = torch.empty(shape, dtype=torch.float32)
+        if gaussian:
+            factor.normal_(0.0, 1 / self.r, generator=generator)
+        else:
+            bound = 1 / math.sqrt(fan_in)  # what kaiming_uniform_ with a = √5 comes to
+            factor.uniform_(-bound, bound, generator=generator)
+        return nn.Parameter(factor.to(self.base_layer.weight.device))
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        """A factor that starts at zero, beside the base's weight."""
+        return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.base_layer.weight.device))
+
+
+def _module_seed(seed: int, path: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1
