@@ -9,7 +9,7 @@ import numpy as np
 from lora_core.floats import Array
 
 BLOCK = 64
-_BLOCK_OF_MAXIMA = 256
+BLOCK_OF_MAXIMA = 256
 # Quantiles of the normal distribution, one of them 0, scaled to [-1, 1]: appendix E of the paper.
 LEVELS = np.array(
     [
@@ -28,21 +28,27 @@ def block_maxima(values: Array) -> Array:
     return np.abs(values.astype(np.float32).reshape(-1, BLOCK)).max(axis=1)
 
 
-def stored_maxima(maxima: Array) -> Array:
-    """The maxima of a whole tensor as double quantisation gives them back."""
+def maxima_codes(maxima: Array) -> tuple[Array, Array, Array]:
+    """The maxima of a whole tensor in 8 bits: indices into `EIGHT_BITS`, the largest of each 256 (float32), and the
+    mean (float32, one number) that was taken off."""
     offset = np.float32(maxima.mean(dtype=np.float64))
     centred = maxima - offset
-    padded = np.zeros(-len(centred) % _BLOCK_OF_MAXIMA, np.float32)
-    blocks = np.concatenate([centred, padded]).reshape(-1, _BLOCK_OF_MAXIMA)
+    padded = np.zeros(-len(centred) % BLOCK_OF_MAXIMA, np.float32)
+    blocks = np.concatenate([centred, padded]).reshape(-1, BLOCK_OF_MAXIMA)
     largest = np.abs(blocks).max(axis=1)
-    nearest = _nearest(blocks, largest, _EIGHT_BITS) * largest[:, None]
-    return nearest.reshape(-1)[: len(maxima)] + offset
+    return codes(blocks, largest, EIGHT_BITS).reshape(-1)[: len(maxima)], largest, np.asarray(offset)
+
+
+def stored_maxima(maxima: Array) -> Array:
+    """The maxima of a whole tensor as double quantisation gives them back."""
+    indices, largest, offset = maxima_codes(maxima)
+    return EIGHT_BITS[indices] * np.repeat(largest, BLOCK_OF_MAXIMA)[: len(maxima)] + offset
 
 
 def round_trip(values: Array, maxima: Array, stored: Array) -> Array:
     """float32 of what is left of `values` (rows, columns) in 4 bits; maxima and stored ones are those of its blocks."""
     blocks = values.astype(np.float32).reshape(-1, BLOCK)
-    return (_nearest(blocks, maxima, LEVELS) * stored[:, None]).reshape(values.shape)
+    return (LEVELS[codes(blocks, maxima, LEVELS)] * stored[:, None]).reshape(values.shape)
 
 
 def to_dtype(values: Array, dtype: str) -> Array:
@@ -55,10 +61,10 @@ def to_dtype(values: Array, dtype: str) -> Array:
     return values
 
 
-def _nearest(blocks: Array, maxima: Array, levels: Array) -> Array:
-    """Each number over its block's maximum, as the nearest of `levels`; between two, the lower."""
+def codes(blocks: Array, maxima: Array, levels: Array) -> Array:
+    """The index, a byte, of the nearest of `levels` to each number over its block's maximum; between two, the lower."""
     scaled = np.clip(blocks * (np.float32(1) / np.maximum(maxima, _SMALLEST))[:, None], -1, 1)
-    return levels[np.searchsorted((levels[:-1] + levels[1:]) / np.float32(2), scaled, side="left")]
+    return np.searchsorted((levels[:-1] + levels[1:]) / np.float32(2), scaled, side="left").astype(np.uint8)
 
 
 def _eight_bits() -> Array:
@@ -74,4 +80,4 @@ def _eight_bits() -> Array:
     return np.sort(np.array(levels, np.float32))
 
 
-_EIGHT_BITS = _eight_bits()
+EIGHT_BITS = _eight_bits()
