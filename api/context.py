@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from api.streams import StreamLimit
 from registry.db import SessionFactory, make_engine, make_sessions, transaction
+from registry.failpoints import hit
 from registry.keys import Principal
 from registry.merged import VirtualMerges
 from registry.settings import Settings
@@ -59,6 +60,7 @@ def get_session(depot: DepotDep) -> Iterator[Session]:
     """One unit of work per request."""
     with transaction(depot.sessions) as session:
         yield session
+    hit("api.after_commit")
 
 
 # With FastAPI's default scope the commit would follow the response, and a failed one would still look like success.

@@ -15,6 +15,7 @@ from api.guard import Guard
 from api.openai import files, job_control, job_progress, job_stream, jobs, models, webhooks
 from api.openai.upload import upload_folder
 from api.routing import require_permissions
+from registry import failpoints
 from registry.settings import Settings
 
 ROUTERS = (
@@ -43,6 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = Settings()  # from the environment
         logs.configure(settings.log_level)
+        failpoints.arm(settings.failpoints)
     app = FastAPI(
         title="LoRA Depot",
         version="1",

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from registry.db import SessionFactory, transaction
 from registry.errors import BlobGone
+from registry.failpoints import hit
 from registry.models import Blob
 from registry.storage.base import ObjectStore
 from registry.storage.keys import blob_key
@@ -36,9 +37,12 @@ def store_file(
         session.add(
             Blob(id=blob_id, tenant_id=tenant_id, job_id=job_id, fence=fence, sha256=sha256, size=size, key=key)
         )
+    hit("blob.intent")
     store.put(key, path, sha256=sha256, size=size)
+    hit("blob.sent")
     with transaction(sessions) as session:
         _mark_stored(session, blob_id)
+    hit("blob.stored")
     return blob_id
 
 

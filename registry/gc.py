@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from registry.db import SessionFactory, transaction
+from registry.failpoints import hit
 from registry.jobs.clock import NOW
 from registry.jobs.conditions import IS_OWNED
 from registry.models import Blob, IdempotencyKey, Job, Outbox, WebhookDelivery
@@ -51,6 +52,7 @@ def collect(sessions: SessionFactory, store: ObjectStore, *, grace_seconds: floa
     grace = timedelta(seconds=grace_seconds)
     with transaction(sessions) as session:
         condemned = condemn(session, grace=grace)
+    hit("gc.condemned")
     freed = sweep(sessions, store, grace=grace)
     with transaction(sessions) as session:
         purged = purge(session)
@@ -85,6 +87,7 @@ def sweep(sessions: SessionFactory, store: ObjectStore, *, grace: timedelta) -> 
             return Amount(objects, freed)
         for row in batch:
             store.delete(row.key)
+            hit("gc.after_delete")
         with transaction(sessions) as session:
             sizes = _mark_deleted(session, [row.id for row in batch])
         objects, freed = objects + len(sizes), freed + sum(sizes)

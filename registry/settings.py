@@ -67,6 +67,8 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=512 * 2**20, gt=0, description="Largest training file")
     max_base_file_bytes: int = Field(default=64 * 2**30, gt=0, description="Largest single file of a base model")
     log_level: str = Field(default="INFO", description="Python log level")
+    testing: bool = Field(default=False, description="Says that this is a test and may be broken on purpose")
+    failpoints: str = Field(default="", description="Where a test breaks this process; see registry.failpoints")
 
     @model_validator(mode="after")
     def intervals_fit_together(self) -> Self:
@@ -74,6 +76,12 @@ class Settings(BaseSettings):
             raise ValueError("DEPOT_LEASE_SECONDS must be at least 4 × DEPOT_HEARTBEAT_SECONDS")
         if self.reaper_seconds * 3 > self.lease_seconds:
             raise ValueError("DEPOT_LEASE_SECONDS must be at least 3 × DEPOT_REAPER_SECONDS")
+        return self
+
+    @model_validator(mode="after")
+    def only_tests_break_things(self) -> Self:
+        if self.failpoints and not self.testing:
+            raise ValueError("DEPOT_FAILPOINTS is for tests only")
         return self
 
     @model_validator(mode="before")

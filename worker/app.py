@@ -11,12 +11,14 @@ from typing import Any
 from celery import Celery, signals
 from kombu.entity import Queue
 
+from registry import failpoints
 from registry.settings import Settings
 from worker.service import Service, make_service
 
 STOP_SECONDS = 25.0  # longer than a child's grace and the storing of its checkpoint, shorter than what `up` waits
 
 settings = Settings()
+failpoints.arm(settings.failpoints)
 queues = [name.strip() for name in settings.queues.split(",") if name.strip()]
 
 app = Celery("depot", broker=settings.redis_url)

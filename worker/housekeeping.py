@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from registry.db import SessionFactory, transaction
 from registry.errors import Unavailable
+from registry.failpoints import hit
 from registry.gc import collect
 from registry.jobs import outbox, reaper
 from registry.jobs.placement import note_worker
@@ -107,6 +108,7 @@ def make_reaper(sessions: SessionFactory, *, seconds: float, lease_seconds: floa
                 reaper_seconds=seconds,
                 max_infra_failures=max_infra_failures,
             )
+            hit("reaper.before_commit")
 
     # Not slower than usual: a reaper that comes late makes every reaper hold for a whole lease.
     return Chore("reaper", tick, seconds=seconds, longest_seconds=seconds)

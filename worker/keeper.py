@@ -16,6 +16,7 @@ from lora_core.checkpoint import CHECKPOINT_FILES, TENSORS_FILE, CheckpointDocum
 from lora_core.errors import BadCheckpoint
 from registry.db import transaction
 from registry.errors import FenceLost
+from registry.failpoints import hit
 from registry.jobs.checkpoints import commit_checkpoint, record_resume
 from worker.attempt import Attempt, Stop
 from worker.host import Host
@@ -111,10 +112,12 @@ class CheckpointKeeper:
         directory = self._folder / str(message.step)
         files = [describe(directory, name) for name in CHECKPOINT_FILES]
         document = check_document(directory, message.step, files)
+        hit("ckpt.hashed")
         blobs: dict[str, uuid.UUID] = {}
         for file in files:
             store = partial(store_output, self._host, self._attempt, directory, file)
             blobs[file.path] = self._persist(store, f"storing {file.path} of")
+            hit("ckpt.stored")
         manifest = {"files": [asdict(file) for file in files], "fingerprint": asdict(document.fingerprint)}
 
         def commit() -> None:
@@ -128,6 +131,8 @@ class CheckpointKeeper:
                     manifest=manifest,
                     metrics=dict(message.metrics),
                 )
+                hit("ckpt.before_commit")
+            hit("ckpt.after_commit")
 
         self._persist(commit, "committing a checkpoint of")
         self._attempt.news.checkpoint(message.step)

@@ -6,6 +6,7 @@ from typing import Any
 from lora_core.base import is_base_file
 from lora_core.digest import folder_digest
 from registry.db import transaction
+from registry.failpoints import hit
 from registry.jobs.inputs import MergeInputs, merge_inputs
 from registry.jobs.publish import publish_merge
 from registry.jobs.spec import MergeOptions
@@ -39,6 +40,7 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     options = MergeOptions.model_validate(inputs.spec.model_dump(exclude={"version_id"}))
     task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, options=options)
     result = run_task(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
+    hit("merge.merged")
     _publish(host, attempt, heart, inputs, workspace=workspace, result=result)
 
 
@@ -62,6 +64,8 @@ def _publish(
                 digest=folder_digest({file.path: file.sha256 for file in files}),
                 report=report,
             )
+            hit("merge.before_commit")
+        hit("merge.after_commit")
 
     conclude(attempt, heart, publish)
 

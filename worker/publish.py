@@ -13,6 +13,7 @@ from lora_core.errors import LoraError, NonFinite
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from registry.blobs import store_file
 from registry.db import transaction
+from registry.failpoints import hit
 from registry.jobs.inputs import BaseInput, TrainInputs
 from registry.jobs.publish import publish_version
 from registry.storage.digests import digest_file
@@ -44,7 +45,9 @@ def publish_adapter(
     """Publish the adapter in `out` as the next version and end the job."""
     attempt.news.phase("publishing")
     files = [describe(out, name) for name in ADAPTER_FILES]
+    hit("pub.hashed")
     check_trained(out, inputs)
+    hit("pub.validated")
     recipe = read_recipe(out)
     blobs = store_outputs(host, attempt, out, files)
     manifest = make_manifest(inputs, files, result) | {"merge_recipe": recipe and {"sha256": digest_text(recipe)}}
@@ -61,6 +64,8 @@ def publish_adapter(
                 trained_tokens=result.trained_tokens,
                 merge_recipe=recipe,
             )
+            hit("pub.before_commit")
+        hit("pub.after_commit")
 
     conclude(attempt, heart, publish)
 

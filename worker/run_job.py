@@ -7,6 +7,7 @@ from pathlib import Path
 
 from registry.db import transaction
 from registry.errors import CancelRequested, FenceLost
+from registry.failpoints import hit
 from registry.jobs.fail import fail
 from registry.jobs.lease import release
 from registry.jobs.states import JobKind
@@ -73,6 +74,7 @@ def _write_failure(host: Host, attempt: Attempt, heart: Heart, failure: JobFaile
 def _release(host: Host, attempt: Attempt) -> None:
     with transaction(host.sessions) as session:
         release(session, job_id=attempt.job_id, fence=attempt.fence)
+    hit("release.after_commit")
 
 
 def _fail(host: Host, attempt: Attempt, failure: JobFailed) -> None:
@@ -86,3 +88,4 @@ def _fail(host: Host, attempt: Attempt, failure: JobFailed) -> None:
             message=failure.message,
             max_infra_failures=host.max_infra_failures,
         )
+    hit("fail.after_commit")

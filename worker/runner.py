@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from registry.db import transaction
+from registry.failpoints import hit
 from registry.jobs.lease import claim
 from registry.models import Job
 from worker.attempt import Attempt, Stop
@@ -77,8 +78,12 @@ class Runner:
                 self._idle(None, outage.failed(error))
 
     def _claim(self) -> Job | None:
-        with transaction(self._host.sessions) as session:
-            return claim(session, queues=self._queues, worker=self._host.name, lease_seconds=self._host.lease_seconds)
+        host = self._host
+        with transaction(host.sessions) as session:
+            job = claim(session, queues=self._queues, worker=host.name, lease_seconds=host.lease_seconds)
+        if job is not None:
+            hit("claim.after_commit")
+        return job
 
     def _run(self, job: Job) -> None:
         if job.fence is None:

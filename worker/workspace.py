@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from registry.failpoints import hit
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +46,7 @@ class WorkDir:
         try:
             yield path
         finally:
+            hit("work.before_cleanup")
             shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry.db import SessionFactory, transaction
+from registry.failpoints import hit
 from registry.jobs.clock import NOW, read_clock
 from registry.jobs.moves import backoff_seconds
 from registry.models import Outbox
@@ -47,5 +48,6 @@ def _relay_one(session: Session, send: Send) -> bool:
         row.next_at = read_clock(session, ahead_seconds=delay)
         row.attempts += 1
         return False
+    hit("outbox.after_send")
     row.sent_at = read_clock(session)
     return True

@@ -11,6 +11,7 @@ from lora_core import errors as lora_errors
 from lora_core.config import match_targets
 from registry.adapters import ensure_adapter
 from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile
+from registry.failpoints import hit
 from registry.files import pin_file
 from registry.jobs.clock import read_clock
 from registry.jobs.conditions import IS_QUEUED
@@ -138,4 +139,5 @@ def _enqueue(session: Session, job: Job) -> Job:
     add_events(session, job.id, None, [queued])
     session.add(Outbox(queue=job.queue, job_id=job.id))
     session.flush()
+    hit("submit.before_commit")
     return job

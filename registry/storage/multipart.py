@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from registry.failpoints import hit
 from registry.storage.digests import check_bytes, file_chunks
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class MultipartUpload:
         try:
             parts, found = self._send_parts(file)
             check_bytes(found, sha256=sha256, size=size)
+            hit("s3.before_complete")
             # boto3 repeats a completion whose answer got lost, and then the upload is no more.
             # The caller asks for the object's size afterwards, which tells the two cases apart.
             with suppress(self._client.exceptions.NoSuchUpload):
@@ -70,6 +72,7 @@ class MultipartUpload:
             Body=body,
             ContentMD5=content_md5(body),
         )
+        hit("s3.part_sent")
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
 
