@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import strict_json
-from lora_core.architectures import ARCHITECTURES
+from lora_core.architectures import ARCHITECTURES, Architecture
+from lora_core.config import OUTPUT_LAYER
 from lora_core.errors import BadBase
 from lora_core.floats import DTYPE_NAMES
-from lora_core.header import Header, read_header
+from lora_core.header import Header, TensorInfo, read_header
+from lora_core.keymap import is_conv1d
 from lora_core.shards import COMPANION_FILES, INDEX_FILE, SINGLE_FILE, index_shards, shard_names
 
 CONFIG_FILE = "config.json"
@@ -80,28 +82,41 @@ def inspect_base(names: Iterable[str], documents: Mapping[str, bytes], headers: 
     config = parsed[CONFIG_FILE]
     family = _family(config)
     index = index_shards(headers, documents.get(INDEX_FILE))
-    modules = linear_modules(headers)
+    architecture = ARCHITECTURES[family]
     tensors = index.tensors()
-    embedding = tensors.get(f"{ARCHITECTURES[family].embedding}.weight")
-    if embedding is None or embedding.shape != (config.get("vocab_size"), config.get("hidden_size")):
-        raise BadBase(f"{ARCHITECTURES[family].embedding}.weight is missing or does not have the config's shape")
+    _check_embedding(architecture, config, tensors)
+    modules = _linear_modules(family, tensors.values())
     return BaseFacts(
         architecture=family,
         dtype=_dtype(headers),
         linear_modules=modules,
         parameter_count=sum(prod(tensor.shape) for tensor in tensors.values()),
-        tied="lm_head.weight" not in tensors or config.get("tie_word_embeddings") is True,
+        tied=OUTPUT_LAYER not in modules or config.get("tie_word_embeddings") is True,
     )
 
 
-def linear_modules(headers: Mapping[str, Header]) -> dict[str, tuple[int, int]]:
-    """Path → (out, in) of every matrix that is not the input embedding, sorted."""
-    embeddings = {f"{architecture.embedding}.weight" for architecture in ARCHITECTURES.values()}
-    return {
-        tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
-        for tensor in sorted((t for header in headers.values() for t in header.tensors), key=lambda t: t.name)
-        if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.name not in embeddings
-    }
+def _check_embedding(architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    shape = (config.get("vocab_size"), config.get(architecture.width))
+    name = f"{architecture.embedding}.weight"
+    found = [tensor for path, tensor in tensors.items() if f".{path}".endswith(f".{name}")]
+    if len(found) != 1 or found[0].shape != shape:
+        raise BadBase(f"{name} is missing or does not have the config's shape")
+
+
+def _linear_modules(family: str, tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
+    """Path in the model → (out, in) of every linear layer, sorted. Experts are no layers: the model stacks them."""
+    architecture = ARCHITECTURES[family]
+    found = {}
+    for tensor in tensors:
+        path = architecture.module_path(tensor.name)
+        last = path.rpartition(".")[2]
+        if not tensor.name.endswith(".weight") or len(tensor.shape) != 2 or ".experts." in path:
+            continue
+        if last == architecture.embedding or last in architecture.not_linear:
+            continue
+        columns, rows = tensor.shape if is_conv1d(family, last) else tensor.shape[::-1]
+        found[path] = (rows, columns)
+    return dict(sorted(found.items()))
 
 
 def _family(config: Mapping[str, Any]) -> str:

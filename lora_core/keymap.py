@@ -23,6 +23,11 @@ _CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
 _PREFIXES = ("", "model.", "transformer.", "gpt_neox.")
 
 
+def is_conv1d(family: Any, name: str) -> bool:
+    """Whether the layer of this last name is a Conv1D in models of this family (config.json's model_type)."""
+    return family in _CONV1D_FAMILIES and name in _CONV1D_NAMES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """A part of a parameter and where it lies: rows `rows` (begin, end) of the parameter, all if None, or of the
@@ -144,9 +149,7 @@ def checkpoint_names(parameters: list[str], tensors: Mapping[str, TensorInfo]) -
 def _is_conv1d(path: str, base_config: Mapping[str, Any], *, transposed: bool) -> bool:
     family = base_config.get("model_type")
     name = path.rpartition(".")[2]
-    if family in _CONV1D_FAMILIES:
-        return name in _CONV1D_NAMES
-    return transposed and family is None and name not in (*OUTPUT_LAYERS, *EMBEDDINGS)
+    return is_conv1d(family, name) or (transposed and family is None and name not in (*OUTPUT_LAYERS, *EMBEDDINGS))
 
 
 def _last(parameter: str) -> str:

@@ -1,14 +1,13 @@
 """`LoraLinear`: a frozen linear layer plus scaling · lora_B · lora_A (arXiv:2106.09685, section 4.1)."""
 
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_core.config import LoraConfig
 from lora_core.layer import LoraLayer
 
 
@@ -37,7 +36,8 @@ class LoraFunction(torch.autograd.Function):
         y.addmm_(h, B.T, alpha=scaling)
         ctx.save_for_backward(x, weight, lora_A, lora_B, h, keep)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view: autograd would refuse a model that adds to it in place, as Falcon does.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -66,11 +66,11 @@ class LoraFunction(torch.autograd.Function):
 class LoraLinear(LoraLayer):
     """y = base(x) + scaling · x·Aᵀ·Bᵀ with `lora_A` (r, in) and `lora_B` (out, r), which starts at zero."""
 
-    TENSORS = MappingProxyType({"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"})
+    TENSORS = MappingProxyType({"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", **LoraLayer.TENSORS})
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Module,
         *,
         path: str,
         r: int,
@@ -80,22 +80,13 @@ class LoraLinear(LoraLayer):
         seed: int = 0,
     ) -> None:
         super().__init__(base_layer, path=path, r=r, scaling=scaling, lora_dropout=lora_dropout, seed=seed)
-        out_features, in_features = base_layer.weight.shape
+        out_features, in_features = self.matrix().shape
         self.lora_A = self.start((r, in_features), in_features, gaussian=gaussian)
         self.lora_B = self.zeros(out_features, r)
 
-    @classmethod
-    def from_config(cls, base_layer: nn.Linear, path: str, config: LoraConfig, seed: int) -> Self:
-        """The layer that `config` asks for in the place `path`."""
-        return cls(
-            base_layer,
-            path=path,
-            r=config.rank_for(path),
-            scaling=config.scaling_for(path),
-            lora_dropout=config.lora_dropout,
-            gaussian=config.init_lora_weights == "gaussian",
-            seed=seed,
-        )
+    def matrix(self) -> Tensor:
+        """The base's weight as (out, in)."""
+        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
@@ -105,12 +96,26 @@ class LoraLinear(LoraLayer):
         keep = None
         if self.training and self.lora_dropout:
             keep = F.dropout(torch.ones_like(x), self.lora_dropout)
-        return LoraFunction.apply(x, base.weight, base.bias, self.lora_A, self.lora_B, self.scaling, keep)
+        bias = self.bias_to_add()
+        frozen = base.bias if bias is None else None  # a trained bias gets its gradient outside of the function
+        y = LoraFunction.apply(x, self.matrix(), frozen, self.lora_A, self.lora_B, self.scaling, keep)
+        return y if bias is None else y + bias.to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scaling · lora_B · lora_A, (out, in), float32."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+
+class LoraConv1D(LoraLinear):
+    """The same over transformers' Conv1D, a linear layer that stores (in, out); the factors are as for a Linear."""
+
+    def matrix(self) -> Tensor:
+        return self.base_layer.weight.T
+
+    def delta_weight(self) -> Tensor:
+        """(scaling · lora_B · lora_A)ᵀ, (in, out), float32."""
+        return super().delta_weight().T
 
 
 def _dropped(rows: Tensor, keep: Tensor | None) -> Tensor:

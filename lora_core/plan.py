@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_core import strict_json
 from lora_core.adapter_names import AdaptedModule, adapted_modules
@@ -15,12 +15,11 @@ from lora_core.floats import FLOATS
 from lora_core.gate import read_adapter_header, read_config_bytes
 from lora_core.header import Header, TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap, Place, infer_keymap
+from lora_core.merge_options import Start
 from lora_core.nf4 import BLOCK
 from lora_core.peft_config import AdapterConfig, ends
 from lora_core.recipe import LowRank, Recipe, TensorRecipe
 from lora_core.shards import ShardIndex, open_checkpoint
-
-Start = Literal["original", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,14 @@ def make_recipe(
         raise KeyMismatch(f"{unused[0]} would be used nowhere", missing=unused)
     kept = {name: recipe for name, recipe in sorted(recipes.items()) if not recipe.is_copy or recipe.base != name}
     return Recipe(kept, config_changes)
+
+
+def from_nf4(recipe: Recipe, tensors: Mapping[str, TensorInfo], base_config: Mapping[str, Any]) -> Recipe:
+    """The recipe of the same merge, started from what 4 bits leave of the base's linear layers. KeyMismatch for bases
+    of which not even that can be told without transformers."""
+    recipes = dict(recipe.tensors)
+    _quantise(recipes, tensors, infer_keymap([], tensors, base_config, transposed=False), base_config)
+    return Recipe(dict(sorted(recipes.items())), recipe.config_changes)
 
 
 def _with_own_names(keymap: Keymap, needed: list[str], tensors: Mapping[str, TensorInfo]) -> Keymap:
@@ -218,7 +225,8 @@ def _quantise(
     base_config: Mapping[str, Any],
 ) -> None:
     """Have the tensors of linear layers start from their 4-bit numbers."""
-    if keymap.inferred and base_config.get("model_type") not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(str(base_config.get("model_type")))
+    if keymap.inferred and not (architecture and architecture.literal_names):
         raise KeyMismatch("which layers are linear can be told only by a key map made with transformers")
     weights = sorted(
         name

@@ -19,7 +19,29 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "granite", "phi3")
+# Family → what its configuration needs beside, or in place of, what all have.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma3_text": {},
+    "olmo2": {},
+    "phi": {},
+    "phi3": {},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},  # the defaults are 1
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48},
+    "falcon": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24},
+}
+FAMILIES = tuple(_SETTINGS)
 
 
 def make_tokenizer(directory: Path, *, vocab: int = 312, chat_template: str | None = CHAT_TEMPLATE) -> Any:
@@ -62,22 +84,28 @@ def make_base(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=hidden * 2,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=tie,
-        **({"logits_scaling": 4.0, "embedding_multiplier": 3.0} if family == "granite" else {}),  # defaults are 1
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": tie,
+        **_SETTINGS[family],
+    }
+    if "num_experts" in settings:
+        settings["num_experts_per_tok"] = 2
+    if family == "opt":
+        settings["word_embed_proj_dim"] = hidden
+    if family == "falcon":
+        del settings["head_dim"]
+    config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

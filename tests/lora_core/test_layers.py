@@ -90,3 +90,12 @@ def test_half_precision_inputs_are_not_copied_to_float32():
     assert [t.shape for t in saved if t.numel() == x.numel() and t.data_ptr() != x.data_ptr()] == []
     y.sum().backward()
     assert half.lora_B.grad.dtype == torch.float32
+
+
+def test_a_model_may_add_to_the_output_in_place():
+    """Falcon does; autograd refuses it on a view that a custom function made."""
+    adapted, x = layer(), torch.randn(2, 3, 64)
+    expected = torch.autograd.grad((adapted(x) + 1).square().sum(), adapted.lora_B)[0]
+    out = adapted(x)
+    out += 1
+    assert torch.equal(torch.autograd.grad(out.square().sum(), adapted.lora_B)[0], expected)
