@@ -1,6 +1,6 @@
 """Cross-entropy of a causal model at labelled positions only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,32 @@ def collate(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, 
 def loss_sum(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
     """Σ −log p(label | tokens before it) over all labels but IGNORED, float32, differentiable.
 
-    The output layer, often the largest of all, runs at labelled positions only. No attention mask: attention is
-    causal and padding is on the right, so no real token sees it.
+    The output layer, often the largest of all, runs at labelled positions only.
+    """
+    return torch.cat(list(_losses(model, *_labelled(model, input_ids, labels)))).sum()
+
+
+def row_losses(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """The same sum for each row, (B,) float32."""
+    losses = torch.cat(list(_losses(model, *_labelled(model, input_ids, labels))))  # (N,)
+    rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]  # (N,)
+    return torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
+
+
+def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the output layer predicts from at labelled positions, (N, d), and what it should predict, (N,).
+
+    No attention mask: attention is causal and padding is on the right, so no real token sees it.
     """
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
     targets = labels[:, 1:]
     wanted = targets != IGNORED
-    hidden = hidden[:, :-1][wanted]  # (N, d)
+    return hidden[:, :-1][wanted], targets[wanted]
+
+
+def _losses(model: Any, hidden: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    """−log p of each target, in pieces: (N, vocabulary) logits in float32 never exist at once in evaluation."""
     divisor = ARCHITECTURES[model.config.model_type].logits_divisor
     scale = 1 / getattr(model.config, divisor) if divisor else 1.0
-    # In pieces, so that (N, vocabulary) logits in float32 never exist at once in evaluation.
-    parts = [
-        F.cross_entropy(model.lm_head(piece).float() * scale, target, reduction="sum")
-        for piece, target in zip(hidden.split(_CHUNK_TOKENS), targets[wanted].split(_CHUNK_TOKENS), strict=True)
-    ]
-    return torch.stack(parts).sum()
+    for piece, target in zip(hidden.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True):
+        yield F.cross_entropy(model.lm_head(piece).float() * scale, target, reduction="none")
