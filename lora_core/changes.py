@@ -8,8 +8,9 @@ from lora_core.adapter_names import AdaptedModule, require
 from lora_core.errors import KeyMismatch, ShapeMismatch
 from lora_core.header import TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap
-from lora_core.peft_config import AdapterConfig, ends, matches
+from lora_core.peft_config import AdapterConfig
 from lora_core.recipe import LowRank
+from lora_core.targets import ends, matches
 
 Shape = tuple[int, ...]
 _FACTORS = frozenset({"lora_A", "lora_B", "lora_E", "embedding_A", "embedding_B", "magnitude"})
@@ -98,7 +99,7 @@ def _adapted(module: AdaptedModule, parameter: str, config: AdapterConfig, keyma
     targeted = bool(_targeted(path, config))
     experts = _experts(path, parameter, keymap) if targeted else None
     key = parameter if targeted else path
-    _check_ranks(lora_A, lora_B, lora_E, config.rank_for(key), experts or 1)
+    check_ranks(lora_A, lora_B, lora_E, config.rank_for(key), experts or 1)
     product = (lora_B.shape[0], *lora_A.shape[1:])
     transposed = embedding or path in keymap.conv1d
     if experts:
@@ -122,7 +123,8 @@ def _adapted(module: AdaptedModule, parameter: str, config: AdapterConfig, keyma
     )
 
 
-def _check_ranks(lora_A: TensorInfo, lora_B: TensorInfo, lora_E: TensorInfo | None, r: int | None, times: int) -> None:
+def check_ranks(lora_A: TensorInfo, lora_B: TensorInfo, lora_E: TensorInfo | None, r: int | None, times: int) -> None:
+    """ShapeMismatch unless the factors of one module have the rank `times` · r; r is free where it is None."""
     found = lora_A.shape[0] if lora_A.shape else 0
     expected = found if r is None else r * times
     for tensor, axis in ((lora_A, 0), (lora_B, 1)):

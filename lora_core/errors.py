@@ -62,6 +62,12 @@ class ShapeMismatch(LoraError):
     code = "shape_mismatch"
 
 
+class DifferentBases(LoraError):
+    """Adapters of different base models were to be made one."""
+
+    code = "different_bases"
+
+
 class NonFinite(LoraError):
     """A number is NaN or infinite."""
 
