@@ -8,8 +8,9 @@ from lora_core.adapter_names import AdaptedModule, require
 from lora_core.errors import KeyMismatch, ShapeMismatch
 from lora_core.header import TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap
-from lora_core.peft_config import AdapterConfig, ends, matches
+from lora_core.peft_config import AdapterConfig
 from lora_core.recipe import LowRank
+from lora_core.targets import ends, matches
 
 Shape = tuple[int, ...]
 _FACTORS = frozenset({"lora_A", "lora_B", "lora_E", "embedding_A", "embedding_B", "magnitude"})

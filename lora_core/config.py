@@ -2,20 +2,30 @@
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, Self
 
-from lora_core import strict_json
+from lora_core import config_fields, strict_json, targets
 from lora_core.errors import BadConfig, UnknownTargetModules
+from lora_core.targets import (
+    OUTPUT_LAYER,
+    PRESETS,
+    ends,
+    is_in_layers,
+    lookup,
+    matches,
+    query_and_value,
+    saving,
+)
 
-ALL_LINEAR: Final = "all-linear"
-OUTPUT_LAYER = "lm_head"
-MAX_RANK = 1024
+ALL_LINEAR: Final = targets.ALL_LINEAR
+MAX_RANK = config_fields.MAX_RANK
 MAX_CONFIG_BYTES = 2**20
+# Heads of classifiers, which start at random and are therefore always trained whole. PEFT adds both names by itself.
+CLASSIFIER_HEADS = ("classifier", "score")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")
 
-_MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,31}")
 # Written by PEFT with a value that is not "empty" and that means nothing for a plain LoRA.
 _WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
@@ -26,47 +36,59 @@ _WITHOUT_EFFECT = frozenset(
 class LoraConfig:
     """What an adapter is made of. Construction validates; every error is a `BadConfig` that names the field.
 
-    `rank_pattern` and `alpha_pattern` map a module path or a suffix of one to its own value. The first match in
-    sorted order counts: PEFT takes the first in file order and sorts its file.
+    `target_modules` are names by PEFT's rule (`lora_core.targets.matches`), or "all-linear": every linear layer but
+    the output layer, or "paper": query and value projections. Patterns map such names to a rank or α of their own;
+    the first match in sorted order counts: PEFT takes the first in file order and sorts its file. `modules_to_save`
+    are trained whole, `trainable_token_indices` are rows of embeddings that are, by the embedding's name or, under
+    the name "", those of the input embedding.
     """
 
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ALL_LINEAR
+    target_modules: tuple[str, ...] | Literal["all-linear", "paper"] = ALL_LINEAR
+    exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
     use_rslora: bool = False
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     init_lora_weights: Literal[True, "gaussian"] = True
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        config_fields.check_rank("r", self.r)
+        config_fields.check_alpha("lora_alpha", self.lora_alpha)
+        if not config_fields.is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise BadConfig(f"lora_dropout must be a number from 0 to below 1, not {self.lora_dropout!r}")
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "fan_in_fan_out", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise BadConfig(f"{name} must be true or false, not {getattr(self, name)!r}")
-        self._check_supported()
-        object.__setattr__(self, "target_modules", _targets(self.target_modules))
-        object.__setattr__(self, "rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
-        object.__setattr__(self, "alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
+        self._check_choices()
+        own = {"target_modules": config_fields.targets(self.target_modules)}
+        own |= {name: config_fields.names(name, getattr(self, name)) for name in ("exclude_modules", "layers_pattern")}
+        own |= {"modules_to_save": config_fields.names("modules_to_save", self.modules_to_save)}
+        own |= {"layers_to_transform": config_fields.layers(self.layers_to_transform)}
+        own |= {"trainable_token_indices": config_fields.tokens(self.trainable_token_indices)}
+        own |= {"rank_pattern": config_fields.pattern("rank_pattern", self.rank_pattern, config_fields.check_rank)}
+        own |= {"alpha_pattern": config_fields.pattern("alpha_pattern", self.alpha_pattern, config_fields.check_alpha)}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
 
-    def _check_supported(self) -> None:
-        if self.bias != "none":
-            raise BadConfig(f'bias must be "none", not {self.bias!r}: biases are not trained here')
-        if self.modules_to_save != ():
-            raise BadConfig("modules_to_save must be empty: whole modules are not trained here")
+    def _check_choices(self) -> None:
+        if self.bias not in ("none", "all", "lora_only"):
+            raise BadConfig(f'bias must be "none", "all" or "lora_only", not {self.bias!r}')
         if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
             raise BadConfig(f'init_lora_weights must be true or "gaussian", not {self.init_lora_weights!r}')
-        if self.task_type != "CAUSAL_LM":
-            raise BadConfig(f'task_type must be "CAUSAL_LM", not {self.task_type!r}')
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise BadConfig(f"task_type must be null or one of {', '.join(TASK_TYPES)}, not {self.task_type!r}")
         for name in ("base_model_name_or_path", "revision"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and len(value) <= 1024 and value.isprintable()):
@@ -74,21 +96,28 @@ class LoraConfig:
 
     def rank_for(self, module: str) -> int:
         """r of one module path."""
-        return next((r for key, r in self.rank_pattern.items() if _matches(module, key)), self.r)
+        return lookup(self.rank_pattern, module, self.r)
 
     def scaling_for(self, module: str) -> float:
-        """α/r of one module path, or α/√r with rank-stabilised LoRA (arXiv:2312.03732)."""
-        alpha = next((a for key, a in self.alpha_pattern.items() if _matches(module, key)), self.lora_alpha)
-        r = self.rank_for(module)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        """The factor of lora_B · lora_A of one module path."""
+        alpha = lookup(self.alpha_pattern, module, self.lora_alpha)
+        return scaling(alpha, self.rank_for(module), use_rslora=self.use_rslora)
+
+    def saved_names(self) -> tuple[str, ...]:
+        """Names of modules that are trained whole: `modules_to_save`, and of a classifier its head."""
+        return self.modules_to_save + (CLASSIFIER_HEADS if self.task_type == "SEQ_CLS" else ())
 
     def to_peft_json(self) -> bytes:
         """`adapter_config.json` as PEFT reads it: equal configurations give equal bytes."""
         document: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        if self.target_modules != ALL_LINEAR:
-            document["target_modules"] = sorted(self.target_modules)
-        document |= {"modules_to_save": None, "peft_type": "LORA", "inference_mode": True, "auto_mapping": None}
-        document |= {"layers_pattern": None, "layers_to_transform": None}  # read by PEFT before 0.18
+        for name in ("lora_bias", "exclude_modules", "trainable_token_indices"):  # unknown to older readers
+            if not document[name]:
+                del document[name]
+        if tokens := document.get("trainable_token_indices"):
+            document["trainable_token_indices"] = tokens.get("", tokens)
+        for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
+            document[name] = document[name] or None
+        document |= {"peft_type": "LORA", "inference_mode": True, "auto_mapping": None}
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
@@ -111,78 +140,57 @@ class LoraConfig:
             if document[name]:
                 raise BadConfig(f"{name[:80]} is not supported here, and this adapter sets it")
         given = {name: value for name, value in document.items() if name in known}
-        given["modules_to_save"] = _tuple(given.get("modules_to_save") or ())
-        given["target_modules"] = _tuple(given["target_modules"])
+        given["target_modules"] = config_fields.as_tuple(given["target_modules"])
+        for name in ("modules_to_save", "exclude_modules", "layers_pattern"):
+            given[name] = config_fields.as_strings(given.get(name))
         for name in ("rank_pattern", "alpha_pattern"):
             given[name] = given.get(name) or {}
-        if given.get("task_type", "") is None:
-            del given["task_type"]
+            config_fields.check_order(name, given[name])
+        layers = given.get("layers_to_transform")
+        given["layers_to_transform"] = (layers,) if type(layers) is int else config_fields.as_tuple(layers)
+        given["trainable_token_indices"] = given.get("trainable_token_indices") or {}
+        if isinstance(given["trainable_token_indices"], list):
+            given["trainable_token_indices"] = {"": given["trainable_token_indices"]}
         return cls(**given)
 
 
-def match_targets(config: LoraConfig, module_names: Iterable[str]) -> list[str]:
-    """The linear modules that `config` adapts, sorted, by PEFT's rule: the whole path or a dotted suffix.
+def scaling(alpha: float, r: int, *, use_rslora: bool) -> float:
+    """α/r, or α/√r with rank-stabilised LoRA (arXiv:2312.03732)."""
+    return alpha / math.sqrt(r) if use_rslora else alpha / r
 
-    "all-linear" is every one but the output layer. A target that matches nothing is an UnknownTargetModules.
+
+def match_targets(config: LoraConfig, module_names: Iterable[str], linear: Iterable[str] | None = None) -> list[str]:
+    """The modules that `config` adapts, of those named, sorted.
+
+    "all-linear" and "paper" look among `linear`, which is every name but the output layer's if not given. Modules
+    excluded or saved whole are left out. A name that matches nothing is an UnknownTargetModules.
     """
     names = sorted(module_names)
+    preset = sorted(linear) if linear is not None else [name for name in names if not matches(name, OUTPUT_LAYER)]
+    wanted: Sequence[str] = config.target_modules
+    if config.target_modules in PRESETS:
+        wanted = preset if config.target_modules == ALL_LINEAR else query_and_value(preset)
+        if not wanted:
+            raise _unknown([f"of the preset {config.target_modules}"], names)
+    found = {end for name in names for end in ends(name)}
+    if unknown := [target for target in wanted if target not in found]:
+        raise _unknown(unknown, names)
+    allowed = [name for name in names if not any(matches(name, other) for other in config.exclude_modules)]
+    allowed = [name for name in allowed if saving(name, config.saved_names()) is None]
     if config.target_modules == ALL_LINEAR:
-        return [name for name in names if not _matches(name, OUTPUT_LAYER)]
-    unknown = [t for t in config.target_modules if not any(_matches(name, t) for name in names)]
-    if unknown:
-        available = sorted({name.rpartition(".")[2] for name in names})
-        raise UnknownTargetModules(
-            f"the base model has no linear module named {', '.join(unknown)}; it has {', '.join(available)}",
-            unknown=unknown,
-            available=available,
-        )
-    return [name for name in names if any(_matches(name, target) for target in config.target_modules)]
+        linear_names = set(wanted)
+        return [name for name in allowed if name in linear_names and _is_in_layers(config, name, "")]
+    return [name for name in allowed if any(matches(name, t) and _is_in_layers(config, name, t) for t in wanted)]
 
 
-def _matches(module: str, suffix: str) -> bool:
-    return module == suffix or module.endswith("." + suffix)
+def _is_in_layers(config: LoraConfig, path: str, name: str) -> bool:
+    return is_in_layers(path, name, config.layers_to_transform, config.layers_pattern)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise BadConfig(f"{name} must be a whole number from 1 to {MAX_RANK}, not {value!r}")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= 1e9:
-        raise BadConfig(f"{name} must be a number above 0 and at most 1e9, not {value!r}")
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _targets(value: Any) -> Any:
-    if value == ALL_LINEAR:
-        return value
-    if isinstance(value, str):
-        raise BadConfig(f'target_modules must be a list of module names or "all-linear", not {value[:80]!r}')
-    if not isinstance(value, tuple) or not 1 <= len(value) <= 10_000:
-        raise BadConfig("target_modules must be a list of 1 to 10000 module names")
-    for name in value:
-        _check_path("target_modules", name)
-    return tuple(sorted(set(value)))
-
-
-def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or len(value) > 10_000:
-        raise BadConfig(f"{name} must map at most 10000 module names to numbers")
-    for key, item in value.items():
-        _check_path(name, key)
-        check(f"{name}[{key!r}]", item)
-    return dict(sorted(value.items()))
-
-
-def _check_path(name: str, value: Any) -> None:
-    # PEFT reads some of these as regular expressions; a plain dotted path means the same to both.
-    if not isinstance(value, str) or len(value) > 256 or not _MODULE_PATH.fullmatch(value):
-        raise BadConfig(f"{name} holds {str(value)[:80]!r}, which is not a dotted module name")
+def _unknown(names: Sequence[str], existing: Iterable[str]) -> UnknownTargetModules:
+    available = sorted({name.rpartition(".")[2] for name in existing})
+    return UnknownTargetModules(
+        f"the base model has no module to adapt named {', '.join(names)}; it has {', '.join(available)}",
+        unknown=list(names),
+        available=available,
+    )

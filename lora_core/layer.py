@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.config import LoraConfig
-from lora_core.errors import KeyMismatch, ShapeMismatch
+from lora_core.errors import BadConfig, KeyMismatch, ShapeMismatch
 
 
 class AdapterLayer(nn.Module):
@@ -57,25 +58,74 @@ class AdapterLayer(nn.Module):
 
 
 class LoraLayer(AdapterLayer):
-    """`base_layer` plus scaling · (a product of rank r); factors are float32.
+    """`base_layer` plus scaling · (a product of rank r); all that is trained is float32.
 
     `path` is the module's name in the model: with `seed` it alone decides the start of the factors, whatever else
-    the model holds.
+    the model holds. `trained_bias` takes the place of the base's bias, `lora_B_bias` is part of what is scaled and
+    added; each is None unless asked for.
     """
 
+    TENSORS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"base_layer.bias": "trained_bias", "lora_B.bias": "lora_B_bias"}
+    )
+    trained_bias: nn.Parameter | None
+    lora_B_bias: nn.Parameter | None
+
     def __init__(
-        self, base_layer: nn.Module, *, path: str, r: int, scaling: float, lora_dropout: float = 0.0, seed: int = 0
+        self,
+        base_layer: nn.Module,
+        *,
+        path: str,
+        r: int,
+        scaling: float,
+        lora_dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__(base_layer, path=path)
         self.r = r
         self.scaling = scaling
         self.lora_dropout = lora_dropout
         self.seed = seed
+        self.register_parameter("trained_bias", None)
+        self.register_parameter("lora_B_bias", None)
 
     @classmethod
-    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int) -> "LoraLayer":
-        """The layer that `config` asks for in the place `path`."""
-        raise NotImplementedError
+    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int) -> Self:
+        """The layer that `config` asks for in the place `path`. BadConfig if this kind of module cannot be that."""
+        layer = cls(
+            base_layer,
+            path=path,
+            r=config.rank_for(path),
+            scaling=config.scaling_for(path),
+            lora_dropout=config.lora_dropout,
+            seed=seed,
+            **cls.options(config),
+        )
+        bias = getattr(base_layer, "bias", None)
+        if config.bias != "none" and bias is not None:
+            layer.trained_bias = nn.Parameter(bias.detach().to(torch.float32, copy=True))
+        if config.lora_bias:
+            layer.add_lora_bias()
+        return layer
+
+    @classmethod
+    def options(cls, config: LoraConfig) -> dict[str, Any]:
+        """What this kind of layer wants to know of `config` besides rank, scaling, dropout and seed."""
+        return {"gaussian": config.init_lora_weights == "gaussian"}
+
+    def add_lora_bias(self) -> None:
+        """Give lora_B a bias, at zero."""
+        bias = self.base_layer.bias
+        if bias is None:
+            raise BadConfig(f"lora_bias adds to the bias of {self.path}, which has none")
+        self.lora_B_bias = self.zeros(*bias.shape)
+
+    def bias_to_add(self) -> Tensor | None:
+        """The bias of the adapted layer, float32, if it is not just the base's."""
+        bias: Tensor | None = self.trained_bias
+        if self.lora_B_bias is not None:
+            bias = (self.base_layer.bias if bias is None else bias) + self.scaling * self.lora_B_bias
+        return bias
 
     def delta_weight(self) -> Tensor:
         """What the layer adds to the base's weight, float32, in its shape and orientation."""

@@ -3,15 +3,15 @@
 Wider than `LoraConfig`, which is what is trained here. What this release cannot merge exactly is refused by name.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lora_core import strict_json
-from lora_core.config import MAX_CONFIG_BYTES, MAX_RANK
+from lora_core.config import MAX_CONFIG_BYTES, MAX_RANK, scaling
 from lora_core.errors import BadConfig
+from lora_core.targets import lookup
 
 # Initialisations that subtract something from the base: their factors fit that changed base, and no other.
 _CHANGE_THE_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
@@ -75,15 +75,15 @@ class AdapterConfig:
 
     def rank_for(self, path: str) -> int | None:
         """r of one module or parameter; None for AdaLoRA, where each keeps the rank it was pruned to."""
-        return None if self.init_r else _lookup(self.rank_pattern, path, self.r)
+        return None if self.init_r else lookup(self.rank_pattern, path, self.r)
 
     def scaling_for(self, path: str) -> float:
         """The factor of lora_B · lora_A. AdaLoRA divides by the rank it began with, as PEFT does."""
-        alpha = _lookup(self.alpha_pattern, path, self.lora_alpha)
+        alpha = lookup(self.alpha_pattern, path, self.lora_alpha)
         if self.init_r:
             return self.lora_alpha / (self.init_r + 1e-5)
-        r = _lookup(self.rank_pattern, path, self.r)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        r = lookup(self.rank_pattern, path, self.r)
+        return scaling(alpha, r, use_rslora=self.use_rslora)
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -107,20 +107,6 @@ class AdapterConfig:
             peft_version=_version(document.get("peft_version")),
             **{name: bool(document.get(name)) for name in _FLAGS},
         )
-
-
-def matches(path: str, name: str) -> bool:
-    """PEFT's rule for lists of names: the whole path or a dotted end of it."""
-    return path == name or path.endswith("." + name)
-
-
-def ends(path: str) -> Iterator[str]:
-    """Every name that `matches` the path, the whole path first."""
-    while True:
-        yield path
-        _, dot, path = path.partition(".")
-        if not dot:
-            return
 
 
 def _document(data: bytes) -> dict[str, Any]:
@@ -158,14 +144,6 @@ def _check_init(init: Any) -> None:
         )
     if not isinstance(init, bool | None) and init not in _LEAVE_THE_BASE:
         raise BadConfig(f"init_lora_weights is {str(init)[:80]!r}, which is not known here")
-
-
-def _lookup(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key that PEFT would match: a dotted end of the path, or with ^ all of it."""
-    found = [key for key in (f"^{path}", *ends(path)) if key in pattern]
-    if len(found) < 2:
-        return pattern[found[0]] if found else default
-    return next(value for key, value in pattern.items() if key in found)
 
 
 def _pattern(name: str, document: Mapping[str, Any], low: float, high: float) -> Iterator[tuple[str, Any]]:

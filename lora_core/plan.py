@@ -17,9 +17,10 @@ from lora_core.header import Header, TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap, Place, infer_keymap
 from lora_core.merge_options import Start
 from lora_core.nf4 import BLOCK
-from lora_core.peft_config import AdapterConfig, ends
+from lora_core.peft_config import AdapterConfig
 from lora_core.recipe import LowRank, Recipe, TensorRecipe
 from lora_core.shards import ShardIndex, open_checkpoint
+from lora_core.targets import ends
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,22 @@ PATHS = [
         ("target_modules", (1,)),
         ("use_rslora", 1),
         ("fan_in_fan_out", None),
-        ("bias", "all"),
-        ("modules_to_save", ("lm_head",)),
+        ("bias", "some"),
+        ("lora_bias", 1),
+        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ("lm_head.*",)),
+        ("exclude_modules", "q_proj"),
+        ("layers_to_transform", (-1,)),
+        ("layers_to_transform", ("1",)),
+        ("layers_pattern", ("(",)),
+        ("trainable_token_indices", (1, 2)),
+        ("trainable_token_indices", {"wte": ()}),
+        ("trainable_token_indices", {"wte": (1, 1)}),
+        ("trainable_token_indices", {"wte": (-1,)}),
+        ("trainable_token_indices", {"": (1,), "wte": (1,)}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", False),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "POETRY"),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"^q_proj": 4}),
         ("alpha_pattern", {"q_proj": math.inf}),
@@ -57,13 +68,10 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
     ("field", "value"),
     [
         ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("lora_bias", True),
-        ("layers_to_transform", [0]),
-        ("exclude_modules", ["q_proj"]),
         ("target_parameters", ["experts"]),
         ("layer_replication", [[0, 1]]),
-        ("trainable_token_indices", [1]),
+        ("exclude_modules", ".*q_proj"),
+        ("rank_pattern", {"q_proj": 2, "a.q_proj": 3}),
         ("something_new", 1),
         ("init_lora_weights", "pissa"),
         ("peft_type", "ADALORA"),
@@ -100,9 +108,23 @@ def test_json_round_trip_keeps_everything():
         rank_pattern={"v_proj": 5, "layers.1.self_attn.q_proj": 2},
         alpha_pattern={"q_proj": 9},
         init_lora_weights="gaussian",
+        exclude_modules=("lm_head",),
+        layers_to_transform=(3, 1),
+        layers_pattern=("layers",),
+        bias="lora_only",
+        lora_bias=True,
+        modules_to_save=("score",),
+        trainable_token_indices={"embed_tokens": (5, 3), "lm_head": (4,)},
+        task_type="SEQ_CLS",
         base_model_name_or_path="org/base",
         revision="0" * 40,
     )
+    assert LoraConfig.from_peft_json(config.to_peft_json()) == config
+
+
+def test_rows_of_the_input_embedding_are_written_as_a_list_as_in_peft():
+    config = LoraConfig(trainable_token_indices={"": (5, 3)})
+    assert json.loads(config.to_peft_json())["trainable_token_indices"] == [5, 3]
     assert LoraConfig.from_peft_json(config.to_peft_json()) == config
 
 
@@ -137,6 +159,45 @@ def test_a_suffix_matches_at_dots_only():
 
 def test_all_linear_leaves_the_output_layer_out():
     assert match_targets(LoraConfig(), PATHS) == sorted(PATHS[:-1])
+
+
+def test_modules_that_are_excluded_or_saved_whole_are_no_targets():
+    spared = LoraConfig(target_modules=("q_proj", "v_proj"), exclude_modules=("layers.1.self_attn.q_proj", "v_proj"))
+    assert match_targets(spared, PATHS) == ["model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.q_proj"]
+    whole = LoraConfig(target_modules=("q_proj", "down_proj"), modules_to_save=("mlp", "lm_head"))
+    assert match_targets(whole, PATHS) == [name for name in sorted(PATHS) if name.endswith("q_proj")]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj", "down_proj")])
+@pytest.mark.parametrize("pattern", [(), ("layers",), ("h", "layers")])
+def test_layers_to_transform_counts_the_first_number_of_a_path(targets, pattern):
+    config = LoraConfig(target_modules=targets, layers_to_transform=(1, 11), layers_pattern=pattern)
+    expected = [name for name in sorted(PATHS) if ".1." in name or ".11." in name]
+    assert match_targets(config, [*PATHS]) == expected
+
+
+def test_a_whole_path_is_meant_whatever_its_layer():
+    path = "model.layers.0.self_attn.q_proj"
+    assert match_targets(LoraConfig(target_modules=(path,), layers_to_transform=(1,)), PATHS) == [path]
+
+
+@pytest.mark.parametrize(
+    ("last_names", "expected"),
+    [
+        (["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["query", "key", "value", "dense"], ["query", "value"]),
+        (["q", "k", "v", "o", "wi"], ["q", "v"]),
+        (["c_attn", "c_proj", "c_fc"], ["c_attn"]),
+        (["query_key_value", "dense"], ["query_key_value"]),
+    ],
+)
+def test_the_papers_preset_is_query_and_value_as_the_family_calls_them(last_names, expected):
+    assert match_targets(LoraConfig(target_modules="paper"), last_names) == expected
+
+
+def test_the_papers_preset_needs_projections_that_it_knows():
+    with pytest.raises(UnknownTargetModules, match="paper"):
+        match_targets(LoraConfig(target_modules="paper"), ["wide", "narrow"])
 
 
 def test_an_unknown_target_says_what_exists():
