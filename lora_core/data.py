@@ -1,8 +1,8 @@
-"""Rows → token ids and labels. Only what the assistant says, or the completion, is labelled."""
+"""Rows → token ids and labels. Only what the assistant says, or the completion, is labelled; of plain text, all."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
@@ -37,16 +37,19 @@ class Example:
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
+ExampleT = TypeVar("ExampleT")
+
+
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Generic[ExampleT]):
     """`truncated` rows lost their end; `skipped` rows had nothing left to learn and are not among `examples`."""
 
-    examples: list[Example]
+    examples: list[ExampleT]
     truncated: int
     skipped: int
 
 
-def tokenize_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> Dataset:
+def tokenize_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> Dataset[Example]:
     """Every row as an Example of at most `max_length` tokens. NothingToLearn if none has a trained token."""
     examples: list[Example] = []
     truncated = skipped = 0
@@ -66,14 +69,20 @@ def tokenize_rows(tokenizer: Any, rows: Iterable[Row], max_length: int) -> Datas
 
 def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> Example:
     """One row. Chats go through the tokenizer's chat template, or PLAIN_TEMPLATE if it has none; prompt and
-    completion are joined as they are, with end-of-sequence after. Labels include the end of each answer."""
+    completion are joined as they are, with end-of-sequence after, as is plain text. Labels include each end."""
     return _tokenize(tokenizer, row, max_length)[0]
 
 
 def _tokenize(tokenizer: Any, row: Row, max_length: int) -> tuple[Example, bool]:
-    chat = kind_of(row) == "messages"
+    kind = kind_of(row)
+    chat = kind == "messages"
+    if kind == "preference":
+        raise DatasetError("these rows compare two answers; they are for preference training (DPO)")
     if chat:
         text, spans = _render(tokenizer, row["messages"])
+    elif kind == "text":
+        text = row["text"]
+        spans = [(0, len(text))]
     else:
         text = row["prompt"] + row["completion"]
         spans = [(len(row["prompt"]), len(text))]

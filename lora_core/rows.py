@@ -1,4 +1,8 @@
-"""Training rows: JSON lines of `{"messages": […]}` or `{"prompt", "completion"}`, checked without torch."""
+"""Training rows, JSON lines, checked without torch.
+
+To imitate: `{"messages": […]}`, `{"prompt", "completion"}` or `{"text"}`. To prefer one answer to another: OpenAI's
+`{"input": {"messages"}, "preferred_output", "non_preferred_output"}` or `{"prompt", "chosen", "rejected"}`.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,10 +14,15 @@ from lora_core.errors import DatasetError
 
 MAX_LINE_BYTES = 2**20
 ROLES = ("system", "user", "assistant")
-_SHAPE = 'a row is {"messages": [{"role": …, "content": …}, …]} or {"prompt": …, "completion": …}'
+_SHAPE = (
+    'a row is {"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …} or {"text": …}; '
+    'for preferences {"prompt": …, "chosen": …, "rejected": …} or '
+    '{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}'
+)
+_OUTPUTS = ("preferred_output", "non_preferred_output")
 
 Row = dict[str, Any]
-Kind = Literal["messages", "prompt"]
+Kind = Literal["messages", "prompt", "text", "preference"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,10 @@ def read_rows(lines: Iterable[bytes], *, max_line_bytes: int = MAX_LINE_BYTES) -
 
 
 def kind_of(row: Row) -> Kind:
-    """Which of the two shapes a valid row has."""
-    return "messages" if "messages" in row else "prompt"
+    """What a valid row is; the two shapes of preferences are one kind."""
+    if "input" in row or "chosen" in row:
+        return "preference"
+    return "messages" if "messages" in row else "text" if "text" in row else "prompt"
 
 
 def _scan(lines: Iterable[bytes], max_line_bytes: int) -> Iterator[Row | RowError]:
@@ -110,23 +121,56 @@ def _parse(line: bytes, number: int, max_line_bytes: int) -> Row:
         raise _Fault(f"The line is {error}.{hint}") from None
     if not isinstance(row, dict):
         raise _Fault(f"The line is not an object; {_SHAPE}.")
+    _check_shape(row)
+    return row
+
+
+def _check_shape(row: Row) -> None:
     if "messages" in row:
         _names(row, {"messages"}, "")
-        _check_messages(row["messages"])
+        _check_messages(row["messages"], "/messages", last="assistant")
+    elif "input" in row:
+        _check_preference(row)
+    elif "text" in row:
+        _names(row, {"text"}, "")
+        _text(row["text"], "/text", empty=False)
+    elif "chosen" in row or "rejected" in row:
+        _names(row, {"prompt", "chosen", "rejected"}, "")
+        _text(row["prompt"], "/prompt", empty=True)
+        _text(row["chosen"], "/chosen", empty=False)
+        _text(row["rejected"], "/rejected", empty=False)
+        _differ(row["chosen"], row["rejected"])
     elif "prompt" in row or "completion" in row:
         _names(row, {"prompt", "completion"}, "")
         _text(row["prompt"], "/prompt", empty=True)
         _text(row["completion"], "/completion", empty=False)
     else:
         raise _Fault(f"The row has neither messages nor prompt; {_SHAPE}.")
-    return row
 
 
-def _check_messages(messages: Any) -> None:
+def _check_preference(row: Row) -> None:
+    _names(row, {"input", *_OUTPUTS}, "")
+    if not isinstance(row["input"], dict):
+        raise _Fault('input must be an object {"messages": […]}.', "/input")
+    _names(row["input"], {"messages"}, "/input")
+    _check_messages(row["input"]["messages"], "/input/messages", last="user")
+    for name in _OUTPUTS:
+        if not isinstance(row[name], list) or len(row[name]) != 1:
+            raise _Fault("This must be a list of one message, the assistant's answer.", f"/{name}")
+        _check_messages(row[name], f"/{name}", last="assistant")
+    _differ(*(row[name][0]["content"] for name in _OUTPUTS))
+
+
+def _differ(preferred: str, other: str) -> None:
+    if preferred == other:
+        raise _Fault("Both answers are the same, so there is nothing to prefer. Remove the row.")
+
+
+def _check_messages(messages: Any, where: str, *, last: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise _Fault("messages must be a list with at least one message.", "/messages")
+        raise _Fault("messages must be a list with at least one message.", where)
     for index, message in enumerate(messages):
-        pointer = f"/messages/{index}"
+        pointer = f"{where}/{index}"
         if not isinstance(message, dict):
             raise _Fault('A message must be an object {"role": …, "content": …}.', pointer)
         _names(message, {"role", "content"}, pointer)
@@ -135,8 +179,9 @@ def _check_messages(messages: Any) -> None:
         if message["role"] == "system" and index:
             raise _Fault("A system message may only come first.", f"{pointer}/role")
         _text(message["content"], f"{pointer}/content", empty=message["role"] != "assistant")
-    if messages[-1]["role"] != "assistant":
-        raise _Fault("The last message must be the assistant's: it is what the model learns.", pointer)
+    if messages[-1]["role"] != last:
+        why = "it is what the model learns" if last == "assistant" else "it is what both answers answer"
+        raise _Fault(f"The last message must be the {last}'s: {why}.", pointer)
 
 
 def _names(value: dict[str, Any], expected: set[str], pointer: str) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from lora_core.batching import epoch_steps, micro_batches
@@ -119,3 +120,9 @@ def test_micro_batches_keep_the_token_limit():
 
 def test_a_row_longer_than_the_limit_stands_alone():
     assert micro_batches([0, 1, 2], [5, 500, 5], max_tokens=100) == [[1], [0, 2]]
+
+
+def test_of_plain_text_every_token_is_learned(tokenizer):
+    example = tokenize_row(tokenizer, {"text": "Hello world"}, 64)
+    assert np.array_equal(example.labels, example.input_ids)
+    assert tokenizer.decode(example.input_ids) == "Hello world</s>"

@@ -14,6 +14,32 @@ def chat(*messages):
     return json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}).encode()
 
 
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def preference(**changes):
+    row = {
+        "input": {"messages": [message("user", "a")]},
+        "preferred_output": [message("assistant", "yes")],
+        "non_preferred_output": [message("assistant", "no")],
+    }
+    return json.dumps(row | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (b'{"text": "a"}', "text"),
+        (b'{"prompt": "", "chosen": "a", "rejected": "b"}', "preference"),
+        (preference(), "preference"),
+    ],
+)
+def test_other_kinds_of_rows_are_known(line, kind):
+    report = validate_rows([line + b"\n"] * 3)
+    assert (report.rows, report.errors, report.kind) == (3, [], kind)
+
+
 @pytest.mark.parametrize("kind", ["chat", "prompt"])
 def test_good_rows_are_counted(kind):
     report = validate_rows(json.dumps(row).encode() + b"\n" for row in make_rows(5, kind))
@@ -56,6 +82,17 @@ def test_windows_line_ends_and_a_blank_end_are_fine():
         (b'{"messages": [{"role": "user"}]}', "/messages/0", "'content'"),
         (b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "/messages/0", "'name'"),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}', "/messages/0/role", "one of"),
+        (b'{"text": ""}', "/text", "nothing to learn"),
+        (b'{"text": "a", "prompt": "b"}', "", "'prompt'"),
+        (b'{"prompt": "a", "chosen": "b"}', "", "'rejected'"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "b"}', "", "nothing to prefer"),
+        (b'{"prompt": "a", "chosen": "", "rejected": "b"}', "/chosen", "empty"),
+        (b'{"input": "a"}', "", "'non_preferred_output'"),
+        (preference(input="a"), "/input", "object"),
+        (preference(input={"messages": [message("assistant", "a")]}), "/input/messages/0", "the user's"),
+        (preference(preferred_output=[]), "/preferred_output", "one message"),
+        (preference(preferred_output=[message("user", "a")]), "/preferred_output/0", "assistant"),
+        (preference(preferred_output=[message("assistant", "no")]), "", "nothing to prefer"),
         (chat(("robot", "a")), "/messages/0/role", "system, user, assistant"),
         (chat(("user", "a")), "/messages/0", "last message"),
         (chat(("user", "a"), ("system", "b"), ("assistant", "c")), "/messages/1/role", "first"),
