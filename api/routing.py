@@ -5,6 +5,8 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi._compat import ModelField
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -45,7 +47,7 @@ class GuardedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         public = permission_of(self) is Permission.PUBLIC
-        parameters = {field.alias for field in self.dependant.query_params}
+        parameters = {field.alias for field in query_fields(self.dependant)}
 
         async def guarded(request: Request) -> Response:
             if not public:
@@ -60,6 +62,12 @@ class GuardedRoute(APIRoute):
             return await handle(readable)
 
         return guarded
+
+
+def query_fields(dependant: Dependant) -> list[ModelField]:
+    """The query parameters that a route reads, itself or through what it depends on."""
+    inner = [field for dependency in dependant.dependencies for field in query_fields(dependency)]
+    return [*dependant.query_params, *inner]
 
 
 def permission_of(route: object) -> Permission | None:

@@ -197,17 +197,27 @@ def set_alias(session: Session, adapter: Adapter, *, name: str, version: int) ->
     """Points an alias at a version, in one statement: readers see the old target or the new one.
 
     AliasReserved, InvalidAliasName or VersionNotFound."""
-    if _RESERVED.fullmatch(name):
-        raise AliasReserved
-    if not _ALIAS.fullmatch(name):
-        raise InvalidAliasName
+    check_alias_name(name)
     target = resolve_version(session, tenant_id=adapter.tenant_id, name=adapter.name, ref=str(version))
-    lock_version(session, target)
-    values = {"version_id": target.id, "updated_at": NOW}
-    upsert = insert(Alias).values(adapter_id=adapter.id, name=name, **values)
+    return point_alias(session, target, name)
+
+
+def check_alias_name(name: str) -> None:
+    """AliasReserved or InvalidAliasName for what cannot be an alias."""
+    if _RESERVED.fullmatch(name):
+        raise AliasReserved(param="alias")
+    if not _ALIAS.fullmatch(name):
+        raise InvalidAliasName(param="alias")
+
+
+def point_alias(session: Session, version: Version, name: str) -> Alias:
+    """Points an alias with a checked name at its adapter's version; VersionNotFound if that is deleted."""
+    lock_version(session, version)
+    values = {"version_id": version.id, "updated_at": NOW}
+    upsert = insert(Alias).values(adapter_id=version.adapter_id, name=name, **values)
     upsert = upsert.on_conflict_do_update(index_elements=[Alias.adapter_id, Alias.name], set_=values)
     session.execute(upsert)
-    alias = select(Alias).where(Alias.adapter_id == adapter.id, Alias.name == name)
+    alias = select(Alias).where(Alias.adapter_id == version.adapter_id, Alias.name == name)
     return session.scalars(alias, execution_options={"populate_existing": True}).one()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from functools import partial
+from typing import Any
 
 from lora_core import strict_json
 from lora_core.errors import LoraError
@@ -18,12 +19,12 @@ from lora_core.layout import CONFIG_FILE as BASE_CONFIG_FILE
 from lora_core.layout import Computed, read_index
 from lora_core.merged import Block, MergedCheckpoint
 from lora_core.peft_config import AdapterConfig
-from lora_core.plan import make_recipe
+from lora_core.plan import from_nf4, make_recipe
 from lora_core.recipe import Recipe
 from lora_core.sources import ByteSource, read_all, read_header
 from registry.errors import ArtifactCorrupt, MergePreparing, MergesBusy, NotMergeable
 from registry.jobs.inputs import StoredFile, VersionInput
-from registry.jobs.spec import MergeDtype
+from registry.jobs.spec import MergeOptions
 from registry.shared import Shared
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_chunks
@@ -41,9 +42,9 @@ PATIENCE_SECONDS = 5.0
 Part = Callable[[], Array]
 
 
-def etag(version: VersionInput, dtype: MergeDtype, path: str) -> str:
+def etag(version: VersionInput, options: MergeOptions, path: str) -> str:
     """A strong validator of one file: of all that decides its bytes."""
-    decisive = [_FORMAT, version.base.digest, version.digest, dtype, path]
+    decisive = [_FORMAT, version.base.digest, version.digest, options.model_dump(), path]
     return f'"m{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()}"'
 
 
@@ -61,12 +62,12 @@ class VirtualMerges:
         self._blocks: Shared[Block] = Shared(BLOCKS_HELD_BYTES, lambda block: block.data.size)
         self._readers = threading.BoundedSemaphore(MAX_READERS)
 
-    def open(self, version: VersionInput, dtype: MergeDtype) -> MergedCheckpoint:
+    def open(self, version: VersionInput, options: MergeOptions) -> MergedCheckpoint:
         """The checkpoint, once every byte it comes from has been compared with its digest in this process.
 
         That is a matter of minutes for a large base: MergePreparing says to come back. NotMergeable; ArtifactCorrupt.
         """
-        future = self._find(version, dtype)
+        future = self._find(version, options)
         try:
             return future.result(PATIENCE_SECONDS)
         except NotYet:
@@ -91,25 +92,26 @@ class VirtualMerges:
         self._opening.shutdown(cancel_futures=True)
         self._computing.shutdown(cancel_futures=True)
 
-    def _find(self, version: VersionInput, dtype: MergeDtype) -> "Future[MergedCheckpoint]":
-        key = (version.base.digest, version.digest, dtype)
+    def _find(self, version: VersionInput, options: MergeOptions) -> "Future[MergedCheckpoint]":
+        key = (version.base.digest, version.digest, options)
         with self._lock:
             future = self._checkpoints.get(key)
             if future is None or (future.done() and future.exception() is not None):
-                future = self._checkpoints[key] = self._opening.submit(self._open, version, dtype, key)
+                future = self._checkpoints[key] = self._opening.submit(self._open, version, options, key)
             self._checkpoints.move_to_end(key)
             if len(self._checkpoints) > CHECKPOINTS_HELD:
                 self._checkpoints.popitem(last=False)
         return future
 
-    def _open(self, version: VersionInput, dtype: MergeDtype, key: Hashable) -> MergedCheckpoint:
+    def _open(self, version: VersionInput, options: MergeOptions, key: Hashable) -> MergedCheckpoint:
         for file in (*version.base.files, *version.files):
             self._verified.get(file.key, partial(self._verify, file))
         base = StoredFiles(self._store, {file.path: file for file in version.base.files})
         adapter = StoredFiles(self._store, {file.path: file for file in version.files})
         recipe = Recipe.from_json(version.recipe.encode()) if version.recipe else plan(base, adapter)
-        target = None if dtype == "base" else DTYPE_NAMES[dtype]
-        return _SharedCheckpoint(base, adapter, recipe, dtype=target, blocks=self._blocks, key=key)
+        if options.start == "nf4":
+            recipe = from_nf4(recipe, read_index(base).tensors(), read_config(base))
+        return _SharedCheckpoint(base, adapter, recipe, options, blocks=self._blocks, key=key)
 
     def _verify(self, file: StoredFile) -> bool:
         if digest_chunks(self._store.open(file.key)) != (file.sha256, file.size):
@@ -125,12 +127,13 @@ class _SharedCheckpoint(MergedCheckpoint):
         base: ByteSource,
         adapter: ByteSource,
         recipe: Recipe,
+        options: MergeOptions,
         *,
-        dtype: str | None,
         blocks: Shared[Block],
         key: Hashable,
     ) -> None:
-        super().__init__(base, adapter, recipe, dtype=dtype)
+        dtype = None if options.dtype == "base" else DTYPE_NAMES[options.dtype]
+        super().__init__(base, adapter, recipe, dtype=dtype, scale=options.scale, shard_size=options.shard_size)
         self._blocks, self._key = blocks, key
 
     def compute(self, piece: Computed, number: int, *, statistics: bool = False) -> Block:
@@ -140,9 +143,14 @@ class _SharedCheckpoint(MergedCheckpoint):
 
 def plan(base: ByteSource, adapter: ByteSource) -> Recipe:
     """The recipe of a version that was published without one."""
-    base_config = strict_json.loads(read_all(base, BASE_CONFIG_FILE, limit=_MAX_DOCUMENT_BYTES) or b"")
     config = AdapterConfig.from_json(read_all(adapter, CONFIG_FILE, limit=_MAX_DOCUMENT_BYTES) or b"")
     header = read_header(adapter, WEIGHTS_FILE, max_bytes=ADAPTER_HEADER_BYTES)
     if header is None:
         raise NotMergeable
-    return make_recipe(read_index(base).tensors(), base_config, header, config)
+    return make_recipe(read_index(base).tensors(), read_config(base), header, config)
+
+
+def read_config(base: ByteSource) -> dict[str, Any]:
+    """The config.json of a base, which was checked when it was registered."""
+    found: dict[str, Any] = strict_json.loads(read_all(base, BASE_CONFIG_FILE, limit=_MAX_DOCUMENT_BYTES) or b"")
+    return found

@@ -5,31 +5,54 @@ import uuid
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session, selectinload
 
-from registry.adapters import lock_version
+from registry.adapters import check_alias_name, lock_version, point_alias
 from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady
+from registry.jobs.moves import lock_job
 from registry.jobs.placement import DEFAULT_PLACEMENT, Placement
-from registry.jobs.spec import MergeDtype, MergeOptions
-from registry.jobs.states import TERMINAL
+from registry.jobs.spec import MergeOptions
+from registry.jobs.states import TERMINAL, JobState
 from registry.jobs.submit import submit_merge
 from registry.models import Merge, MergeFile, Version
 
 
 def request_merge(
-    session: Session, *, version: Version, options: MergeOptions, placement: Placement = DEFAULT_PLACEMENT
+    session: Session,
+    *,
+    version: Version,
+    options: MergeOptions,
+    alias: str | None = None,
+    placement: Placement = DEFAULT_PLACEMENT,
 ) -> tuple[Merge, bool]:
     """The merge of a version with these options, and whether this call made it.
 
-    A merge that failed or was cancelled does not count: asking again starts another."""
+    A merge that failed or was cancelled does not count: asking again starts another. The adapter's `alias` points at
+    the version once the merge is stored: at once, if it is. AliasReserved, InvalidAliasName."""
+    if alias is not None:
+        check_alias_name(alias)
     lock_version(session, version)  # of two requests at once the second waits here and then finds the first's
     merge = session.scalar(_live(version, options).options(selectinload(Merge.files)))
-    if merge is not None:
+    if merge is not None and (alias is None or _promise(session, merge, alias)):
         return merge, False
     job = submit_merge(session, version=version, options=options, placement=placement)
-    chosen = options.model_dump()
+    chosen = options.model_dump() | {"aliases": [alias] if alias else []}
     merge = Merge(tenant_id=version.tenant_id, version_id=version.id, job_id=job.id, files=[], **chosen)
     session.add(merge)
     session.flush()
     return merge, True
+
+
+def _promise(session: Session, merge: Merge, alias: str) -> bool:
+    """Sets the alias if the merge is stored, else leaves it to the publication. False if the merge ended otherwise."""
+    job = lock_job(session, merge.job_id)  # after the version, as the publication does
+    session.refresh(merge, ["aliases", "live"])
+    if job is None or not merge.live:
+        return False
+    if alias not in merge.aliases:
+        merge.aliases = [*merge.aliases, alias]
+        session.flush()
+    if job.state == JobState.SUCCEEDED:
+        point_alias(session, merge.version, alias)
+    return True
 
 
 def get_merge(session: Session, *, tenant_id: uuid.UUID, merge_id: uuid.UUID) -> Merge:
@@ -42,9 +65,9 @@ def get_merge(session: Session, *, tenant_id: uuid.UUID, merge_id: uuid.UUID) ->
     return merge
 
 
-def find_stored(session: Session, *, version: Version, dtype: MergeDtype) -> Merge | None:
-    """The finished merge of a version in this dtype and without other options, with its files."""
-    query = _live(version, MergeOptions(dtype=dtype)).where(Merge.digest.is_not(None))
+def find_stored(session: Session, *, version: Version, options: MergeOptions) -> Merge | None:
+    """The finished merge of a version with these options, with its files."""
+    query = _live(version, options).where(Merge.digest.is_not(None))
     return session.scalar(query.options(selectinload(Merge.files)))
 
 
@@ -61,4 +84,5 @@ def get_merge_file(session: Session, merge: Merge, path: str) -> MergeFile:
 
 def _live(version: Version, options: MergeOptions) -> Select[Merge]:
     query = select(Merge).where(Merge.version_id == version.id, Merge.live, Merge.dtype == options.dtype)
-    return query.where(Merge.scale == options.scale, Merge.shard_size.is_not_distinct_from(options.shard_size))
+    query = query.where(Merge.scale == options.scale, Merge.start == options.start)
+    return query.where(Merge.shard_size.is_not_distinct_from(options.shard_size))

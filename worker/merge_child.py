@@ -3,9 +3,12 @@
 import time
 from pathlib import Path
 
+from lora_core import strict_json
+from lora_core.base import CONFIG_FILE
 from lora_core.merge import MergeReport, merge
-from lora_core.plan import plan_merge
+from lora_core.plan import from_nf4, plan_merge
 from lora_core.recipe import Recipe
+from lora_core.shards import open_checkpoint
 from worker.certificate import write_certificate
 from worker.protocol import ResultMessage, StepMessage
 from worker.reporter import Reporter
@@ -27,10 +30,7 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
             reporter.step(StepMessage(step=done, total_steps=total))
 
     options = task.options
-    if task.recipe_file:
-        recipe = Recipe.from_json(task.recipe_file.read_bytes())
-    else:
-        recipe = plan_merge(task.base_dir, task.adapter_dir).recipe
+    recipe = read_or_make_recipe(task)
     report = merge(
         task.base_dir,
         task.adapter_dir,
@@ -43,6 +43,18 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
     )
     write_certificate(workspace, report.tensors, recipe.config_changes)
     return ResultMessage(metrics=summarize(report))
+
+
+def read_or_make_recipe(task: MergeTask) -> Recipe:
+    """The version's own, or one by names; from the start that was asked for."""
+    if task.recipe_file is None:
+        recipe = plan_merge(task.base_dir, task.adapter_dir).recipe
+    else:
+        recipe = Recipe.from_json(task.recipe_file.read_bytes())
+    if task.options.start == "original":
+        return recipe
+    config = strict_json.loads((task.base_dir / CONFIG_FILE).read_bytes())
+    return from_nf4(recipe, open_checkpoint(task.base_dir).tensors(), config)
 
 
 def summarize(report: MergeReport) -> dict[str, float]:

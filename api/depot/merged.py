@@ -3,13 +3,13 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.context import Depot, DepotDep, PrincipalDep, SessionDep
+from api.depot.merge_options import MergeOptionsDep
 from api.depot.objects_out import digest
 from api.depot.schemas import RECIPE, MergedFile, MergedObject
 from api.downloads import answer_for
@@ -19,7 +19,7 @@ from registry import errors
 from registry.adapters import resolve_version
 from registry.db import transaction
 from registry.jobs.inputs import VersionInput, version_input
-from registry.jobs.spec import MergeDtype
+from registry.jobs.spec import MergeOptions
 from registry.keys import Principal
 from registry.merged import Part, VirtualMerges, etag
 from registry.merges import find_stored
@@ -39,7 +39,6 @@ _RAISES = (
 _BYTES = {"content": {"application/octet-stream": {"example": "…"}}}
 # Parts that one reader has under way: the next is computed while the last is sent.
 _PARTS_AHEAD = 2
-DtypeQuery = Annotated[MergeDtype, Query(description="Of the merged weights; `base` keeps the base model's own")]
 
 
 @router.declare(
@@ -51,18 +50,18 @@ DtypeQuery = Annotated[MergeDtype, Query(description="Of the merged weights; `ba
     raises=_RAISES,
 )
 def merged_files(
-    *, name: str, version: str, depot: DepotDep, principal: PrincipalDep, dtype: DtypeQuery = "base"
+    *, name: str, version: str, depot: DepotDep, principal: PrincipalDep, options: MergeOptionsDep
 ) -> MergedObject:
     """Names, sizes and validators of the files of the merged checkpoint, whether or not it was ever stored."""
-    found, digests = _find(depot, principal, name, version, dtype)
-    files = depot.merged.open(found, dtype).files
+    found, digests = _find(depot, principal, name, version, options)
+    files = depot.merged.open(found, options).files
     return MergedObject(
         adapter=name,
         version=int(found.ref.rpartition("@")[2]),
-        dtype=dtype,
+        **options.model_dump(),
         base_digest=digest(found.base.digest),
         files=[
-            MergedFile(path=path, bytes=file.size, etag=etag(found, dtype, path), sha256=digests.get(path))
+            MergedFile(path=path, bytes=file.size, etag=etag(found, options, path), sha256=digests.get(path))
             for path, file in sorted(files.items())
         ],
     )
@@ -97,15 +96,15 @@ def merged_file(
     request: Request,
     depot: DepotDep,
     principal: PrincipalDep,
-    dtype: DtypeQuery = "base",
+    options: MergeOptionsDep,
 ) -> Response:
     """The bytes a stored merge would have, or one `Range` of them, computed as they are sent."""
-    found, _ = _find(depot, principal, name, version, dtype)
-    checkpoint = depot.merged.open(found, dtype)
+    found, _ = _find(depot, principal, name, version, options)
+    checkpoint = depot.merged.open(found, options)
     if file not in checkpoint.files:
         raise errors.ArtifactNotFound
     size = checkpoint.files[file].size
-    answer = answer_for(request.headers, etag=etag(found, dtype, file), size=size, filename=file)
+    answer = answer_for(request.headers, etag=etag(found, options, file), size=size, filename=file)
     if isinstance(answer, Response):
         return answer
     if request.method == "HEAD":
@@ -116,12 +115,12 @@ def merged_file(
 
 
 def _find(
-    depot: Depot, principal: Principal, name: str, version: str, dtype: MergeDtype
+    depot: Depot, principal: Principal, name: str, version: str, options: MergeOptions
 ) -> tuple[VersionInput, dict[str, str]]:
     """The version, and the digests of the files of its stored merge. No session is held while bytes are read."""
     with transaction(depot.sessions) as session:
         found = resolve_version(session, tenant_id=principal.tenant_id, name=name, ref=version)
-        stored = find_stored(session, version=found, dtype=dtype)
+        stored = find_stored(session, version=found, options=options)
         digests = {file.path: file.blob.sha256 for file in stored.files} if stored else {}
         return version_input(session, found), digests
 

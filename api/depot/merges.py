@@ -32,6 +32,8 @@ router = Router("Merges")
         InvalidValue,
         errors.AdapterNotFound,
         errors.VersionNotFound,
+        errors.AliasReserved,
+        errors.InvalidAliasName,
         errors.QuotaExceeded,
     ),
     extra={"requestBody": {"content": {"application/json": {"example": {"dtype": "base"}}}}},
@@ -56,8 +58,9 @@ def merge_version(
     """Queues a job that folds the adapter into its base: a full model in the usual files. The body may be empty."""
     found = resolve_version(session, tenant_id=principal.tenant_id, name=name, ref=version)
     placement = Placement(deadline_seconds=depot.settings.deadline_seconds)
-    options = MergeOptions.model_validate((body or MergeIn()).model_dump())
-    merge, created = request_merge(session, version=found, options=options, placement=placement)
+    asked = body or MergeIn()
+    options = MergeOptions.model_validate(asked.model_dump(exclude={"alias"}))
+    merge, created = request_merge(session, version=found, options=options, alias=asked.alias, placement=placement)
     response.status_code = 202 if created else 200
     return merge_object(merge)
 

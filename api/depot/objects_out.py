@@ -103,6 +103,8 @@ def merge_object(merge: Merge) -> MergeObject:
         dtype=merge.dtype,
         scale=merge.scale,
         shard_size=merge.shard_size,
+        start=merge.start,
+        aliases=merge.aliases,
         status="running" if job.state == JobState.CANCELLING else job.state,
         progress=job.progress,
         error=MergeError(code=job.error_code or "", message=job.error_message or "") if failed else None,

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from api.schemas import Body, shown
-from registry.jobs.spec import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE
+from lora_core.merge_options import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE, Start
 
 DIGEST = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _SHA256 = DIGEST.removeprefix("sha256:")
@@ -52,6 +52,8 @@ MERGE = {
     "dtype": "base",
     "scale": 1.0,
     "shard_size": None,
+    "start": "original",
+    "aliases": ["production"],
     "status": "succeeded",
     "progress": {"tensors": 311, "of": 311},
     "error": None,
@@ -101,6 +103,9 @@ MERGED = {
     "adapter": "support-bot",
     "version": 7,
     "dtype": "base",
+    "scale": 1.0,
+    "shard_size": None,
+    "start": "original",
     "base_digest": DIGEST,
     "files": [
         {
@@ -226,6 +231,8 @@ class MergeObject(BaseModel):
     dtype: Literal["base", "float32", "bfloat16", "float16"]
     scale: float
     shard_size: int | None
+    start: Start
+    aliases: list[str] = Field(description="Point at the version from the moment on in which the merge is stored")
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
     progress: dict[str, Any] | None
     error: MergeError | None
@@ -237,7 +244,7 @@ class MergeObject(BaseModel):
 
 
 class MergedFile(BaseModel):
-    """One file of a merged checkpoint. `sha256` is known once a merge in this dtype was stored."""
+    """One file of a merged checkpoint. `sha256` is known once a merge with these options was stored."""
 
     path: str
     bytes: int
@@ -254,6 +261,9 @@ class MergedObject(BaseModel):
     adapter: str
     version: int
     dtype: Literal["base", "float32", "bfloat16", "float16"]
+    scale: float
+    shard_size: int | None
+    start: Start
     base_digest: str
     files: list[MergedFile]
 
@@ -292,6 +302,13 @@ class MergeIn(Body):
         ge=MIN_SHARD_SIZE,
         le=MAX_SHARD_SIZE,
         description="Bytes of tensors per file; without it the shards are those of the base",
+    )
+    start: Start = Field(
+        default="original",
+        description="`nf4` adds the change to what 4-bit numbers leave of linear layers, which QLoRA trained on",
+    )
+    alias: str | None = Field(
+        default=None, description="Of the adapter; points at this version once the merge is stored"
     )
 
 

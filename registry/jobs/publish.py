@@ -11,6 +11,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from registry import lineage
+from registry.adapters import point_alias
 from registry.blobs import take_refs
 from registry.errors import CancelRequested, FenceLost
 from registry.jobs.attempts import end_attempt
@@ -81,12 +82,20 @@ def publish_merge(
     digest: str,
     report: dict[str, Any],
 ) -> bool:
-    """Gives the job's merge its files and ends the job. True when this owner had already done so."""
+    """Gives the job's merge its files, points the aliases that wait for it at its version, and ends the job. True when
+    this owner had already done so."""
+    wanted = select(Version.id).join(Merge, Merge.version_id == Version.id).where(Merge.job_id == job_id)
+    session.execute(wanted.with_for_update(of=Version))  # before the job: in the order of whoever asks for a merge
     job = _lock_publishable(session, job_id, fence)
     if job.state == JobState.SUCCEEDED:
         return True
     take_refs(session, files.values())
     merge = session.scalars(select(Merge).where(Merge.job_id == job_id)).one()
+    session.refresh(merge, ["aliases"])
+    for alias in merge.aliases:
+        point_alias(session, merge.version, alias)
+        told = f"{merge.version.adapter.name}@{alias} is version {merge.version.version} now."
+        add_events(session, job.id, fence, [NewEvent("message", "info", told)])
     merge.digest, merge.report = digest, report
     session.add_all(MergeFile(merge_id=merge.id, path=path, blob_id=blob) for path, blob in files.items())
     child: lineage.Node = ("merge", merge.id)

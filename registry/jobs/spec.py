@@ -7,9 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_core.config import ALL_LINEAR, MAX_RANK, LoraConfig
 from lora_core.errors import BadConfig
+from lora_core.merge_options import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE, Start
 
-MAX_SCALE = 100.0
-MIN_SHARD_SIZE, MAX_SHARD_SIZE = 2**16, 2**40
 MergeDtype = Literal["base", "float32", "bfloat16", "float16"]
 
 
@@ -73,12 +72,13 @@ class TrainSpec(Spec):
 
 
 class MergeOptions(Spec):
-    """Merged weights in `dtype` (`base` keeps the base model's own), the change times `scale`, and shards of at most
-    `shard_size` bytes of tensors (None: those of the base)."""
+    """Merged weights in `dtype` (`base` keeps the base model's own), the change times `scale`, shards of at most
+    `shard_size` bytes of tensors (None: those of the base), and added to the base as it is or as 4 bits leave it."""
 
     dtype: MergeDtype = "base"
     scale: float = Field(default=1.0, ge=-MAX_SCALE, le=MAX_SCALE)
     shard_size: int | None = Field(default=None, ge=MIN_SHARD_SIZE, le=MAX_SHARD_SIZE)
+    start: Start = "original"
 
 
 class MergeSpec(MergeOptions):

@@ -3,8 +3,8 @@
 import uuid
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, Double, ForeignKey, Index, text
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import BigInteger, CheckConstraint, Double, ForeignKey, Index, Text, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from registry.db import Base
@@ -20,10 +20,11 @@ class Merge(Base):
     __tablename__ = "merges"
     __table_args__ = (
         CheckConstraint("dtype IN ('base', 'float32', 'bfloat16', 'float16')", name="dtype_known"),
+        CheckConstraint("start IN ('original', 'nf4')", name="start_known"),
         CheckConstraint(f"digest IS NULL OR digest {SHA256}", name="digest_is_hex"),
         Index(
             "uq_merges_live",
-            *("version_id", "dtype", "scale", "shard_size"),
+            *("version_id", "dtype", "scale", "shard_size", "start"),
             unique=True,
             postgresql_where=text("live"),
             postgresql_nulls_not_distinct=True,
@@ -41,6 +42,15 @@ class Merge(Base):
     )
     shard_size: Mapped[int | None] = mapped_column(
         BigInteger, comment="bytes of tensors per shard; null keeps the base's shards"
+    )
+    start: Mapped[str] = mapped_column(
+        server_default=text("'original'"),
+        comment="`nf4`: linear layers start from what 4-bit numbers leave of them",
+    )
+    aliases: Mapped[list[str]] = mapped_column(
+        ARRAY(Text),
+        server_default=text("'{}'"),
+        comment="names that point at the version from the merge's publication on",
     )
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), unique=True)
     live: Mapped[bool] = mapped_column(

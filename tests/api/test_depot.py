@@ -179,7 +179,28 @@ class TestMerges:
         assert {name: first.json()[name] for name in options} == options
         assert (plain.json()["scale"], plain.json()["shard_size"]) == (1.0, None)
 
-    @pytest.mark.parametrize("options", [{"scale": 101}, {"shard_size": 1}, {"shard_size": 2**41}])
+    def test_an_alias_waits_for_the_merge(self, client: TestClient, publish: Callable[..., Any]) -> None:
+        publish()
+        address = "/v1/adapters/bot/versions/1/merges"
+        asked = client.post(address, json={"alias": "production"})
+        assert (asked.status_code, asked.json()["aliases"]) == (202, ["production"])
+        again = client.post(address, json={"alias": "stable"})
+        assert (again.status_code, again.json()["aliases"]) == (200, ["production", "stable"])
+        assert client.get("/v1/adapters/bot").json()["aliases"] == {}
+
+    @pytest.mark.parametrize(
+        ("alias", "code"),
+        [("latest", "alias_reserved"), ("v7", "alias_reserved"), ("A b", "invalid_alias_name"), (7, "invalid_type")],
+    )
+    def test_a_bad_alias_is_refused_before_anything_is_queued(
+        self, client: TestClient, publish: Callable[..., Any], alias: Any, code: str
+    ) -> None:
+        publish()
+        address = "/v1/adapters/bot/versions/1/merges"
+        assert refused(client.post(address, json={"alias": alias}), 422, code)["param"] == "alias"
+        assert client.post(address).status_code == 202  # it is the first
+
+    @pytest.mark.parametrize("options", [{"scale": 101}, {"shard_size": 1}, {"shard_size": 2**41}, {"start": "int8"}])
     def test_options_have_bounds(
         self, client: TestClient, publish: Callable[..., Any], options: dict[str, Any]
     ) -> None:

@@ -31,6 +31,13 @@ from tests.tiny import make_base
 
 URL = "/v1/adapters/bot/versions/1/merged"
 REAL = "tiny/real"
+# What a stored merge is asked for, by the folder of what it makes.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "stored-base": {},
+    "stored-float32": {"dtype": "float32"},
+    "stored-quarter": {"scale": 0.25, "shard_size": 2**16},
+    "stored-nf4": {"start": "nf4", "dtype": "float32", "shard_size": 2**17},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +46,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("merged")
     base = make_base(root / "base", hidden=64, dtype="bfloat16", shards=2)
     adapter = make_peft_adapter(base, root / "adapter", r=4, target_modules="all-linear")
-    merge(base, adapter, root / "stored-base")
-    merge(base, adapter, root / "stored-float32", dtype="float32")
+    for name, options in OPTIONS.items():
+        given = dict(options)
+        recipe = plan_merge(base, adapter, start=given.pop("start", "original")).recipe
+        merge(base, adapter, root / name, recipe=recipe, **given)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -107,16 +116,17 @@ def weights_of(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("recipe", [True, False])
-@pytest.mark.parametrize("dtype", ["base", "float32"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_file_is_that_of_the_stored_merge(
-    client: TestClient, publish_real: Callable[..., None], folders: dict[str, Path], dtype: str, recipe: bool
+    client: TestClient, publish_real: Callable[..., None], folders: dict[str, Path], name: str, recipe: bool
 ) -> None:
     publish_real(recipe=recipe)
-    listed = client.get(URL, params={"dtype": dtype}).json()
-    stored = folders[f"stored-{dtype}"]
+    listed = client.get(URL, params=OPTIONS[name]).json()
+    stored = folders[name]
+    assert {option: listed[option] for option in OPTIONS[name]} == OPTIONS[name]
     assert [file["path"] for file in listed["files"]] == sorted(path.name for path in stored.iterdir())
     for file in listed["files"]:
-        answer = client.get(f"{URL}/{file['path']}", params={"dtype": dtype})
+        answer = client.get(f"{URL}/{file['path']}", params=OPTIONS[name])
         assert answer.content == (stored / file["path"]).read_bytes()
         assert answer.headers["content-length"] == str(file["bytes"]) == str(len(answer.content))
         assert answer.headers["etag"] == file["etag"]
@@ -166,14 +176,38 @@ def test_conditions(client: TestClient, version: None, folders: dict[str, Path])
     refused(beyond, 416, "range_not_satisfiable")
     assert beyond.headers["content-range"] == f"bytes */{size}"
     refused(client.get(url, headers={"Range": "bytes=x"}), 400, "invalid_range")
-    assert client.head(url, params={"dtype": "float32"}).headers["etag"] != etag
+
+
+def test_other_options_are_other_bytes_with_another_etag(client: TestClient, version: None) -> None:
+    options = [*OPTIONS.values(), {"scale": 0.25}, {"shard_size": 2**16}, {"scale": 0.5}, {"start": "nf4"}]
+    etags = [client.head(f"{URL}/config.json", params=one).headers["etag"] for one in options]
+    assert len(set(etags)) == len(options)
+    same = client.head(f"{URL}/config.json", params={"scale": "1", "dtype": "base", "start": "original"})
+    assert same.headers["etag"] == etags[0]
+
+
+def test_options_that_mean_nothing_are_refused(client: TestClient, version: None) -> None:
+    queries = [
+        ("dtype=int8", "invalid_value"),
+        ("scale=nan", "invalid_value"),
+        ("scale=inf", "invalid_value"),
+        ("scale=-101", "invalid_value"),
+        ("scale=much", "invalid_value"),
+        ("shard_size=65535", "invalid_value"),
+        ("shard_size=1e6", "invalid_type"),
+        ("start=int4", "invalid_value"),
+        ("Scale=1", "unknown_parameter"),
+        ("alias=production", "unknown_parameter"),
+    ]
+    for query, code in queries:
+        refused(client.get(f"{URL}?{query}"), 422, code)
+        refused(client.get(f"{URL}/config.json?{query}"), 422, code)
 
 
 def test_refusals(client: TestClient, version: None, other_key: str) -> None:
     refused(client.get(f"{URL}/absent.safetensors"), 404, "artifact_not_found")
     refused(client.get(f"{URL}/%2e%2e/secret"), 404, "artifact_not_found")
     refused(client.get("/v1/adapters/bot/versions/2/merged"), 404, "version_not_found")
-    refused(client.get(URL, params={"dtype": "int8"}), 422, "invalid_value")
     refused(client.get(URL, headers=bearer(other_key)), 404, "adapter_not_found")
 
 

@@ -5,9 +5,18 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from registry.adapters import delete_version
+from registry.adapters import alias_numbers, delete_version, set_alias
 from registry.db import SessionFactory, transaction
-from registry.errors import ArtifactNotFound, MergeNotFound, MergeNotReady, QuotaExceeded, VersionInUse, VersionNotFound
+from registry.errors import (
+    AliasReserved,
+    ArtifactNotFound,
+    InvalidAliasName,
+    MergeNotFound,
+    MergeNotReady,
+    QuotaExceeded,
+    VersionInUse,
+    VersionNotFound,
+)
 from registry.jobs.fail import fail
 from registry.jobs.lease import claim
 from registry.jobs.publish import publish_merge
@@ -73,13 +82,15 @@ class TestRequest:
         assert len(ids) == 4
 
     def test_each_combination_of_options_is_a_merge_of_its_own(self, session: Session, version: Version) -> None:
-        options = [MergeOptions(scale=scale, shard_size=size) for scale in (1.0, 0.5) for size in (None, 2**20, 2**21)]
+        options = [MergeOptions(scale=scale, shard_size=size) for scale in (1.0, 0.5) for size in (None, 2**20)]
+        options += [MergeOptions(start="nf4"), MergeOptions(start="nf4", scale=0.5)]
         first = [request_merge(session, version=version, options=one) for one in options]
         again = [request_merge(session, version=version, options=one) for one in options]
         assert [created for _, created in first] == [True] * 6
         assert again == [(merge, False) for merge, _ in first]
         assert len({merge.id for merge, _ in first}) == 6
-        assert [(merge.scale, merge.shard_size) for merge, _ in first] == [(o.scale, o.shard_size) for o in options]
+        chosen = [(merge.scale, merge.shard_size, merge.start) for merge, _ in first]
+        assert chosen == [(one.scale, one.shard_size, one.start) for one in options]
         assert all(merge.job.spec["scale"] == merge.scale for merge, _ in first)
 
     def test_the_database_itself_keeps_a_request_from_being_two_merges(
@@ -96,11 +107,11 @@ class TestRequest:
     ) -> None:
         merge, _ = request_merge(session, version=version, options=MergeOptions(scale=0.5))
         finish(session, merge)
-        assert find_stored(session, version=version, dtype="base") is None
+        assert find_stored(session, version=version, options=MergeOptions()) is None
         merge, _ = request_merge(session, version=version, options=MergeOptions())
-        assert find_stored(session, version=version, dtype="base") is None
+        assert find_stored(session, version=version, options=MergeOptions()) is None
         finish(session, merge)
-        assert find_stored(session, version=version, dtype="base") == merge
+        assert find_stored(session, version=version, options=MergeOptions()) == merge
 
     def test_after_a_failure_asking_again_starts_another(self, session: Session, version: Version) -> None:
         merge, _ = request_merge(session, version=version, options=MergeOptions())
@@ -168,6 +179,71 @@ class TestRequest:
             request_merge(session, version=session.get_one(Version, version.id), options=MergeOptions())
         with sessions() as session:
             assert session.scalars(select(Merge)).all() == []
+
+
+class TestAlias:
+    def pointed_at(self, session: Session, version: Version) -> dict[str, int]:
+        return alias_numbers(session, [version.adapter])[version.adapter_id]
+
+    def test_points_at_the_version_from_the_publication_on(self, session: Session, version: Version) -> None:
+        set_alias(session, version.adapter, name="prod", version=version.version)
+        newer = make_version(session, version.adapter)
+        merge, _ = request_merge(session, version=newer, options=MergeOptions(), alias="prod")
+        assert self.pointed_at(session, newer) == {"prod": 1}
+        finish(session, merge)
+        assert self.pointed_at(session, newer) == {"prod": 2}
+
+    def test_points_at_once_at_a_version_whose_merge_is_stored(self, session: Session, version: Version) -> None:
+        merge, _ = request_merge(session, version=version, options=MergeOptions())
+        finish(session, merge)
+        assert request_merge(session, version=version, options=MergeOptions(), alias="prod") == (merge, False)
+        assert self.pointed_at(session, version) == {"prod": 1}
+
+    def test_every_alias_that_was_asked_for_while_it_ran_is_set(self, session: Session, version: Version) -> None:
+        for alias in ("prod", "canary", "prod"):
+            merge, _ = request_merge(session, version=version, options=MergeOptions(), alias=alias)
+        assert merge.aliases == ["prod", "canary"]
+        finish(session, merge)
+        assert self.pointed_at(session, version) == {"prod": 1, "canary": 1}
+
+    def test_a_merge_that_fails_moves_nothing(self, session: Session, version: Version) -> None:
+        merge, _ = request_merge(session, version=version, options=MergeOptions(), alias="prod")
+        fence = start(session, merge)
+        wrong = {"error_class": "user", "code": "merge_not_faithful", "message": "It is another model."}
+        fail(session, job_id=merge.job_id, fence=fence, max_infra_failures=0, **wrong)  # type: ignore[arg-type]  # str
+        assert self.pointed_at(session, version) == {}
+
+    @pytest.mark.parametrize(
+        ("alias", "error"), [("v7", AliasReserved), ("", InvalidAliasName), ("\0", InvalidAliasName)]
+    )
+    def test_a_name_that_cannot_be_one_leaves_no_merge(
+        self, session: Session, version: Version, alias: str, error: type[Exception]
+    ) -> None:
+        with pytest.raises(error):
+            request_merge(session, version=version, options=MergeOptions(), alias=alias)
+        assert session.scalars(select(Merge)).all() == []
+
+    def test_asked_for_while_it_is_published_it_is_set_by_one_of_the_two(self, sessions: SessionFactory) -> None:
+        for _ in range(8):
+            with transaction(sessions) as session:
+                version = make_version(session, make_adapter(session, make_tenant(session)))
+                merge, _ = request_merge(session, version=version, options=MergeOptions())
+                fence = start(session, merge)
+                blob = make_blob(session, tenant_id=merge.tenant_id)
+
+            def ask(version: Version = version) -> None:
+                with transaction(sessions) as session:
+                    found = session.get_one(Version, version.id)
+                    request_merge(session, version=found, options=MergeOptions(), alias="prod")
+
+            def publish(merge: Merge = merge, fence: int = fence, blob: uuid.UUID = blob.id) -> None:
+                with transaction(sessions) as session:
+                    files = {"model.safetensors": blob}
+                    publish_merge(session, job_id=merge.job_id, fence=fence, files=files, digest="0" * 64, report={})
+
+            assert race(ask, publish) == [None, None]
+            with transaction(sessions) as session:
+                assert self.pointed_at(session, session.get_one(Version, version.id)) == {"prod": 1}
 
 
 class TestGet:
