@@ -24,12 +24,15 @@ MAX_RANK = config_fields.MAX_RANK
 MAX_CONFIG_BYTES = 2**20
 # Heads of classifiers, which start at random and are therefore always trained whole. PEFT adds both names by itself.
 CLASSIFIER_HEADS = ("classifier", "score")
+# Starts from the base's own principal directions, which is therefore trained without them.
+CHANGE_THE_START = ("pissa", "olora")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")
 
 # Written by PEFT with a value that is not "empty" and that means nothing for a plain LoRA.
 _WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
 )
+_UNKNOWN_TO_OLDER_READERS = ("lora_bias", "exclude_modules", "trainable_token_indices", "target_parameters", "use_dora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,8 @@ class LoraConfig:
     the output layer, or "paper": query and value projections. Patterns map such names to a rank or α of their own;
     the first match in sorted order counts: PEFT takes the first in file order and sorts its file. `modules_to_save`
     are trained whole, `trainable_token_indices` are rows of embeddings that are, by the embedding's name or, under
-    the name "", those of the input embedding.
+    the name "", those of the input embedding. `target_parameters` are parameters of experts. "pissa" and "olora" say
+    how training starts; on disk such an adapter is a plain LoRA of twice the rank (`lora_core.principal`).
     """
 
     r: int = 8
@@ -58,7 +62,9 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    init_lora_weights: Literal[True, "gaussian"] = True
+    target_parameters: tuple[str, ...] = ()
+    use_dora: bool = False
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = "CAUSAL_LM"
@@ -68,11 +74,13 @@ class LoraConfig:
         config_fields.check_alpha("lora_alpha", self.lora_alpha)
         if not config_fields.is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise BadConfig(f"lora_dropout must be a number from 0 to below 1, not {self.lora_dropout!r}")
-        for name in ("use_rslora", "fan_in_fan_out", "lora_bias"):
+        for name in ("use_rslora", "fan_in_fan_out", "lora_bias", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise BadConfig(f"{name} must be true or false, not {getattr(self, name)!r}")
         self._check_choices()
-        own = {"target_modules": config_fields.targets(self.target_modules)}
+        own = {"target_parameters": config_fields.names("target_parameters", self.target_parameters)}
+        if self.target_modules or not self.target_parameters:
+            own |= {"target_modules": config_fields.targets(self.target_modules)}
         own |= {name: config_fields.names(name, getattr(self, name)) for name in ("exclude_modules", "layers_pattern")}
         own |= {"modules_to_save": config_fields.names("modules_to_save", self.modules_to_save)}
         own |= {"layers_to_transform": config_fields.layers(self.layers_to_transform)}
@@ -85,8 +93,15 @@ class LoraConfig:
     def _check_choices(self) -> None:
         if self.bias not in ("none", "all", "lora_only"):
             raise BadConfig(f'bias must be "none", "all" or "lora_only", not {self.bias!r}')
-        if self.init_lora_weights is not True and self.init_lora_weights != "gaussian":
-            raise BadConfig(f'init_lora_weights must be true or "gaussian", not {self.init_lora_weights!r}')
+        if self.init_lora_weights is not True and self.init_lora_weights not in ("gaussian", *CHANGE_THE_START):
+            choices = ", ".join(("gaussian", *CHANGE_THE_START))
+            raise BadConfig(f"init_lora_weights must be true or one of {choices}, not {self.init_lora_weights!r}")
+        if self.use_dora and self.lora_bias:
+            raise BadConfig("lora_bias and use_dora exclude each other: no method says what both would be")
+        if self.use_dora and self.init_lora_weights in CHANGE_THE_START:
+            raise BadConfig("use_dora starts from the base itself: init_lora_weights must be true or gaussian")
+        if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out):
+            raise BadConfig("lora_dropout, use_dora, lora_bias and fan_in_fan_out do not go with target_parameters")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise BadConfig(f"task_type must be null or one of {', '.join(TASK_TYPES)}, not {self.task_type!r}")
         for name in ("base_model_name_or_path", "revision"):
@@ -110,9 +125,11 @@ class LoraConfig:
     def to_peft_json(self) -> bytes:
         """`adapter_config.json` as PEFT reads it: equal configurations give equal bytes."""
         document: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name in ("lora_bias", "exclude_modules", "trainable_token_indices"):  # unknown to older readers
+        for name in _UNKNOWN_TO_OLDER_READERS:
             if not document[name]:
                 del document[name]
+        if self.init_lora_weights in CHANGE_THE_START:
+            raise BadConfig(f"an adapter that started as {self.init_lora_weights} is not saved as such, but as a LoRA")
         if tokens := document.get("trainable_token_indices"):
             document["trainable_token_indices"] = tokens.get("", tokens)
         for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
@@ -139,9 +156,13 @@ class LoraConfig:
         for name in sorted(document.keys() - known - _WITHOUT_EFFECT):
             if document[name]:
                 raise BadConfig(f"{name[:80]} is not supported here, and this adapter sets it")
+        if document.get("init_lora_weights") in CHANGE_THE_START:
+            raise BadConfig(
+                f"init_lora_weights is {document['init_lora_weights']}: such factors fit a changed base only"
+            )
         given = {name: value for name, value in document.items() if name in known}
         given["target_modules"] = config_fields.as_tuple(given["target_modules"])
-        for name in ("modules_to_save", "exclude_modules", "layers_pattern"):
+        for name in ("modules_to_save", "exclude_modules", "layers_pattern", "target_parameters"):
             given[name] = config_fields.as_strings(given.get(name))
         for name in ("rank_pattern", "alpha_pattern"):
             given[name] = given.get(name) or {}

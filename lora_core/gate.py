@@ -42,7 +42,11 @@ class AdapterFacts:
 
 def read_adapter_config(directory: Path) -> LoraConfig:
     """`adapter_config.json` of the folder. A missing file is BadAdapter."""
-    return LoraConfig.from_peft_json(read_config_bytes(directory))
+    config = LoraConfig.from_peft_json(read_config_bytes(directory))
+    for name in ("use_dora", "target_parameters"):
+        if getattr(config, name):
+            raise BadConfig(f"{name} is set, and such adapters are not checked here yet")
+    return config
 
 
 def read_config_bytes(directory: Path) -> bytes:

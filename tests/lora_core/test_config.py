@@ -50,7 +50,7 @@ PATHS = [
         ("trainable_token_indices", {"wte": (1, 1)}),
         ("trainable_token_indices", {"wte": (-1,)}),
         ("trainable_token_indices", {"": (1,), "wte": (1,)}),
-        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "corda"),
         ("init_lora_weights", False),
         ("task_type", "POETRY"),
         ("rank_pattern", {"q_proj": 0}),
@@ -67,8 +67,6 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("target_parameters", ["experts"]),
         ("layer_replication", [[0, 1]]),
         ("exclude_modules", ".*q_proj"),
         ("rank_pattern", {"q_proj": 2, "a.q_proj": 3}),
