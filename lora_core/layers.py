@@ -88,6 +88,10 @@ class LoraLinear(LoraLayer):
         """The base's weight as (out, in)."""
         return self.base_layer.weight
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) as they are used; variants make them of what they train."""
+        return self.lora_A, self.lora_B
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
         base = self.base_layer
@@ -98,13 +102,15 @@ class LoraLinear(LoraLayer):
             keep = F.dropout(torch.ones_like(x), self.lora_dropout)
         bias = self.bias_to_add()
         frozen = base.bias if bias is None else None  # a trained bias gets its gradient outside of the function
-        y = LoraFunction.apply(x, self.matrix(), frozen, self.lora_A, self.lora_B, self.scaling, keep)
+        lora_A, lora_B = self.factors()
+        y = LoraFunction.apply(x, self.matrix(), frozen, lora_A, lora_B, self.scaling, keep)
         return y if bias is None else y + bias.to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scaling · lora_B · lora_A, (out, in), float32."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        lora_A, lora_B = self.factors()
+        return self.scaling * (lora_B @ lora_A)
 
 
 class LoraConv1D(LoraLinear):
