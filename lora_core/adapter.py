@@ -1,28 +1,32 @@
 """Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.config import ALL_LINEAR, LoraConfig, match_targets
-from lora_core.errors import KeyMismatch, ShapeMismatch
-from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, adapter_pairs, check_adapter, read_adapter_header, read_factor
+from lora_core.adapter_names import PREFIX
+from lora_core.config import LoraConfig, match_targets
+from lora_core.errors import BadAdapter, KeyMismatch, ShapeMismatch
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter, read_adapter_header, read_factor
 from lora_core.header import encode_header
-from lora_core.inject import adapter_layers, inject, linear_layers, lora_layers
+from lora_core.inject import adapter_layers, eject, inject, lora_layers
+from lora_core.layer import AdapterLayer
+from lora_core.layers import LoraConv1D
 from lora_core.shards import ByteReader
+from lora_core.targets import PRESETS, matches, saved_module
+
+_COPY_OF_BASE = ".base_layer.weight"
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, directory: Path) -> None:
-    """Write the LoRA layers of `model` to `directory`. Equal adapters give equal bytes.
+    """Write the adapted layers of `model` to `directory`. Equal adapters give equal bytes.
 
-    "all-linear" is written as the list of names it stood for, which every reader of the format understands.
+    Presets of target modules are written as the names they stood for, which every reader of the format understands.
     """
-    layers = lora_layers(model)
-    tensors: dict[str, Tensor] = {}
-    for path, layer in adapter_layers(model).items():
-        tensors |= {f"base_model.model.{path}.{name}": tensor for name, tensor in layer.adapter_tensors().items()}
+    tensors = adapter_tensors(model)
     head, header = encode_header(
         [(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()], {"format": "pt"}
     )
@@ -31,43 +35,74 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: Path) -> None:
         file.write(head)
         for info in header.tensors:
             file.write(tensors[info.name].detach().to("cpu", torch.float32).contiguous().numpy().data)
-    if config.target_modules == ALL_LINEAR:
-        config = replace(config, target_modules=_spelt_out(list(layers), _all_linear_paths(model)))
-    (directory / CONFIG_FILE).write_bytes(config.to_peft_json())
+    (directory / CONFIG_FILE).write_bytes(export_config(model, config).to_peft_json())
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that an adapter file of `model` holds, by the names in the file."""
+    layers = adapter_layers(model).items()
+    return {
+        f"{PREFIX}{path}.{name}": value for path, layer in layers for name, value in layer.adapter_tensors().items()
+    }
+
+
+def export_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """`config` as PEFT must read it to find in the base what is adapted in `model`."""
+    layers = lora_layers(model)
+    every = sorted({path.replace(".base_layer", "") for path, _ in model.named_modules() if path})
+    if config.target_modules in PRESETS:
+        config = replace(config, target_modules=_spelt_out(config, list(layers), every))
+    own = [path for path in every if any(matches(path, name) for name in config.modules_to_save)]
+    if any(saved_module(path, config.modules_to_save) not in (*own, None) for path in every):
+        config = replace(config, modules_to_save=tuple(own))
+    return replace(config, fan_in_fan_out=all(isinstance(layer, LoraConv1D) for layer in layers.values()))
 
 
 def load_adapter(model: nn.Module, directory: Path) -> LoraConfig:
-    """Inject the adapter in `directory` into a model without LoRA layers.
+    """Inject the adapter in `directory` into a model without adapted layers.
 
     Unknown, missing or misshapen tensors, NaN, and an adapter that changes nothing are errors; the model is then
     as it was.
     """
-    facts = check_adapter(directory)
-    base = linear_layers(model)
-    expected = set(match_targets(facts.config, base))
-    if wrong := sorted(expected ^ facts.modules.keys()):
-        kind = "the file has no tensor for" if wrong[0] in expected else "the base model has no linear module"
-        raise KeyMismatch(f"{kind} {wrong[0]}")
-    for path, (rows, _, columns) in facts.modules.items():
-        if tuple(base[path].weight.shape) != (rows, columns):
-            raise ShapeMismatch(f"{path} is {list(base[path].weight.shape)}, the adapter is for {[rows, columns]}")
-    inject(model, facts.config, seed=0)
+    config = check_adapter(directory).config
+    inject(model, config, seed=0)
+    try:
+        _fill(adapter_layers(model), directory)
+    except Exception:
+        eject(model)
+        raise
+    return config
+
+
+def _fill(layers: Mapping[str, AdapterLayer], directory: Path) -> None:
+    """Every tensor of the file into the layer that it is named after, and none left over."""
     header = read_adapter_header(directory)
-    layers = adapter_layers(model)
+    infos = {tensor.name.replace("magnitude_vector.weight", "magnitude_vector"): tensor for tensor in header.tensors}
+    wanted = {f"{PREFIX}{path}.{name}": path for path, layer in layers.items() for name in layer.adapter_tensors()}
+    if missing := sorted(wanted.keys() - infos.keys()):
+        raise KeyMismatch(f"the file has no tensor {missing[0]}", missing=missing)
     with ByteReader(directory / WEIGHTS_FILE) as reader:
-        for path, pair in adapter_pairs(header, facts.config).items():
-            factors = {"lora_A.weight": pair.lora_A, "lora_B.weight": pair.lora_B}
-            read = {name: read_factor(reader, header, info) for name, info in factors.items()}
-            layers[path].load_tensors({name: torch.from_numpy(values) for name, values in read.items()})
-    return facts.config
+        read = {name: torch.from_numpy(read_factor(reader, header, info)) for name, info in infos.items()}
+    for name in sorted(infos.keys() - wanted.keys()):
+        path = name.removeprefix(PREFIX).removesuffix(_COPY_OF_BASE)
+        if path not in layers or not name.endswith(_COPY_OF_BASE):
+            raise KeyMismatch(f"{name} has no place in the base model as the config adapts it", missing=[name])
+        _compare(name, read[name], layers[path].base_layer.weight)
+    for path, layer in layers.items():
+        own = [name for name, other in wanted.items() if other == path]
+        layer.load_tensors({name.removeprefix(f"{PREFIX}{path}."): read[name] for name in own})
 
 
-def _all_linear_paths(model: nn.Module) -> list[str]:
-    return [path.removesuffix(".base_layer") for path in linear_layers(model)]
+def _compare(name: str, copy: Tensor, weight: Tensor) -> None:
+    """The base's own matrix, which PEFT stores with an adapter of input or output layer, is that of this base."""
+    if copy.shape != weight.shape:
+        raise ShapeMismatch(f"{name} is {list(copy.shape)}, and the base's is {list(weight.shape)}: resize it first")
+    if not torch.equal(copy.to(weight), weight):
+        raise BadAdapter(f"{name} is not the base's matrix: the adapter was trained on another base")
 
 
-def _spelt_out(adapted: list[str], linear: list[str]) -> tuple[str, ...]:
+def _spelt_out(config: LoraConfig, adapted: list[str], every: list[str]) -> tuple[str, ...]:
     """The last names of the adapted modules, or their whole paths should a last name match any other module."""
     suffixes = tuple(sorted({path.rpartition(".")[2] for path in adapted}))
-    same = match_targets(LoraConfig(target_modules=suffixes), linear) == sorted(adapted)
+    same = match_targets(replace(config, target_modules=suffixes), every) == sorted(adapted)
     return suffixes if same else tuple(sorted(adapted))

@@ -8,7 +8,7 @@ from lora_core.errors import BadAdapter, KeyMismatch
 from lora_core.floats import FLOATS
 from lora_core.header import Header, TensorInfo
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _ROLES = (
     # LoRA writes .weight, AdaLoRA does not
     (re.compile(r"(?P<path>.+)\.lora_A(\.weight)?"), "lora_A"),
@@ -20,7 +20,7 @@ _ROLES = (
     (re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?"), "magnitude"),
     (re.compile(r"(?P<path>.+)\.token_adapter\.trainable_tokens_delta"), "new_rows"),
 )
-_WRAPPER = ".base_layer"
+WRAPPER = ".base_layer"
 _SAVED = re.compile(r"(?P<path>.+)\.(?P<parameter>[A-Za-z0-9_]+)")
 
 
@@ -44,15 +44,15 @@ def adapted_modules(header: Header) -> list[AdaptedModule]:
     for tensor in header.tensors:
         if tensor.dtype not in FLOATS:
             raise BadAdapter(f"{tensor.name} has the dtype {tensor.dtype}, which is not a float")
-        if not tensor.name.startswith(_PREFIX):
-            raise KeyMismatch(f"{tensor.name} does not begin with {_PREFIX}: not a tensor of a PEFT adapter")
-        path, place, role = _role(tensor.name.removeprefix(_PREFIX))
+        if not tensor.name.startswith(PREFIX):
+            raise KeyMismatch(f"{tensor.name} does not begin with {PREFIX}: not a tensor of a PEFT adapter")
+        path, place, role = _role(tensor.name.removeprefix(PREFIX))
         depth = 0
-        while path.endswith(_WRAPPER):
-            path, depth = path.removesuffix(_WRAPPER), depth + 1
+        while path.endswith(WRAPPER):
+            path, depth = path.removesuffix(WRAPPER), depth + 1
         if place != "roles":
             place, depth = ("saved_base", 0) if depth else ("saved", 0)
-        path = path.replace(_WRAPPER + ".", ".")
+        path = path.replace(WRAPPER + ".", ".")
         module = modules.setdefault((path, depth), AdaptedModule(path, depth))
         if getattr(module, place).setdefault(role, tensor) is not tensor:
             raise KeyMismatch(f"{tensor.name} occurs twice under different names")
@@ -67,7 +67,7 @@ def _role(name: str) -> tuple[str, str, str]:
             return match["path"], "roles", role
     match = _SAVED.fullmatch(name)
     if match is None or "lora_" in name:
-        raise KeyMismatch(f"{_PREFIX}{name} is no tensor of a LoRA that is known here")
+        raise KeyMismatch(f"{PREFIX}{name} is no tensor of a LoRA that is known here")
     return match["path"], "saved", match["parameter"]
 
 

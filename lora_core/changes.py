@@ -10,7 +10,7 @@ from lora_core.header import TensorInfo
 from lora_core.keymap import EMBEDDINGS, OUTPUT_LAYERS, Keymap
 from lora_core.peft_config import AdapterConfig
 from lora_core.recipe import LowRank
-from lora_core.targets import ends, matches
+from lora_core.targets import matches, saved_module
 
 Shape = tuple[int, ...]
 _FACTORS = frozenset({"lora_A", "lora_B", "lora_E", "embedding_A", "embedding_B", "magnitude"})
@@ -57,7 +57,7 @@ def needed_parameters(modules: Iterable[AdaptedModule], config: AdapterConfig) -
         if "lora_bias" in module.roles:
             names.add(f"{module.path}.bias")
         if module.roles.keys() & (_FACTORS | {"new_rows"}):
-            names |= {f"{module.path}.{name}" for name in _targeted(module.path, config) or ["weight"]}
+            names |= {f"{module.path}.{name}" for name in targeted_parameters(module.path, config) or ["weight"]}
     return sorted(names)
 
 
@@ -67,12 +67,12 @@ def find_changes(modules: list[AdaptedModule], config: AdapterConfig, keymap: Ke
     for module in modules:
         path, roles = module.path, module.roles
         for name, tensor in module.saved.items():
-            changes.replaced[f"{path}.{name}"] = Replaced(tensor, is_base=not _is_announced(path, name, config))
+            changes.replaced[f"{path}.{name}"] = Replaced(tensor, is_base=not is_announced(path, name, config))
         for name, tensor in module.saved_base.items():
             # with bias="all" or "lora_only" it is the base's bias that was trained
             changes.replaced[f"{path}.{name}"] = Replaced(tensor, is_base=name == "weight")
         if new_rows := roles.get("new_rows"):
-            changes.new_rows[f"{path}.weight"] = new_rows, _indices(path, new_rows, config)
+            changes.new_rows[f"{path}.weight"] = new_rows, token_indices(path, new_rows, config)
         if bias := roles.get("lora_bias"):
             if config.use_dora:
                 raise KeyMismatch(f"{path} has a bias of lora_B and DoRA together, which no method defines")
@@ -84,42 +84,69 @@ def find_changes(modules: list[AdaptedModule], config: AdapterConfig, keymap: Ke
     return changes
 
 
+@dataclass(frozen=True)
+class ModuleFactors:
+    """The tensors of one module whose product is added to its parameter; all of them belong to the configuration."""
+
+    lora_A: TensorInfo
+    lora_B: TensorInfo
+    lora_E: TensorInfo | None
+    magnitude: TensorInfo | None
+    embedding: bool
+
+    @property
+    def factors(self) -> list[TensorInfo]:
+        """What is multiplied: if one of them is zero, the product is."""
+        return [factor for factor in (self.lora_A, self.lora_B, self.lora_E) if factor]
+
+    @property
+    def product(self) -> Shape:
+        """Shape of lora_B · lora_A."""
+        return self.lora_B.shape[0], *self.lora_A.shape[1:]
+
+
+def find_factors(module: AdaptedModule, config: AdapterConfig) -> ModuleFactors:
+    """The factors of a module that has some; KeyMismatch if one is missing or does not belong to `config`."""
+    embedding = bool(module.roles.keys() & {"embedding_A", "embedding_B"})
+    if not embedding and module.path.rpartition(".")[2] in EMBEDDINGS:
+        raise KeyMismatch(f"{module.path} is an embedding, whose factors have other names and another layout")
+    names = ("embedding_A", "embedding_B") if embedding else ("lora_A", "lora_B")
+    more = (["lora_E"] if config.init_r else []) + (["magnitude"] if config.use_dora else [])
+    roles = require(module, *names, *more)
+    if surplus := sorted(roles.keys() - {*names, *more, "lora_bias"}):
+        raise KeyMismatch(f"{roles[surplus[0]].name} does not belong to an adapter of this configuration")
+    lora_E = roles["lora_E"] if config.init_r else None
+    magnitude = roles["magnitude"] if config.use_dora else None
+    found = ModuleFactors(roles[names[0]], roles[names[1]], lora_E, magnitude, embedding)
+    if magnitude and prod(magnitude.shape) != found.product[0]:
+        raise ShapeMismatch(f"{magnitude.name} has shape {list(magnitude.shape)}, not {found.product[0]} numbers")
+    return found
+
+
 def _adapted(module: AdaptedModule, parameter: str, config: AdapterConfig, keymap: Keymap) -> Adapted:
     path = module.path
-    embedding = bool(module.roles.keys() & {"embedding_A", "embedding_B"})
-    if not embedding and path.rpartition(".")[2] in EMBEDDINGS:
-        raise KeyMismatch(f"{path} is an embedding, whose factors have other names and another layout")
-    names = ("embedding_A", "embedding_B") if embedding else ("lora_A", "lora_B")
-    roles = require(module, *names, *(["lora_E"] if config.init_r else []), *(["magnitude"] if config.use_dora else []))
-    lora_A, lora_B = roles[names[0]], roles[names[1]]
-    lora_E = roles["lora_E"] if config.init_r else None
-    used = {*names, *(["lora_E"] if lora_E else []), *(["magnitude"] if config.use_dora else []), "lora_bias"}
-    if surplus := sorted(roles.keys() - used):
-        raise KeyMismatch(f"{roles[surplus[0]].name} does not belong to an adapter of this configuration")
-    targeted = bool(_targeted(path, config))
+    found = find_factors(module, config)
+    targeted = bool(targeted_parameters(path, config))
     experts = _experts(path, parameter, keymap) if targeted else None
     key = parameter if targeted else path
-    check_ranks(lora_A, lora_B, lora_E, config.rank_for(key), experts or 1)
-    product = (lora_B.shape[0], *lora_A.shape[1:])
-    transposed = embedding or path in keymap.conv1d
+    check_ranks(found.lora_A, found.lora_B, found.lora_E, config.rank_for(key), experts or 1)
+    product = found.product
+    transposed = found.embedding or path in keymap.conv1d
     if experts:
         transposed = _is_transposed(parameter, product, config, keymap)
     term = LowRank(
-        lora_A=lora_A.name,
-        lora_B=lora_B.name,
-        lora_E=lora_E.name if lora_E else None,
+        lora_A=found.lora_A.name,
+        lora_B=found.lora_B.name,
+        lora_E=found.lora_E.name if found.lora_E else None,
         scaling=config.scaling_for(key),
         transposed=transposed,
     )
-    magnitude = roles["magnitude"] if config.use_dora else None
-    if magnitude and prod(magnitude.shape) != product[0]:
-        raise ShapeMismatch(f"{magnitude.name} has shape {list(magnitude.shape)}, not {product[0]} numbers")
     return Adapted(
         term=term,
         product=product[::-1] if transposed else product,
-        r=lora_A.shape[0],
+        r=found.lora_A.shape[0],
         experts=experts,
-        magnitude=magnitude,
+        magnitude=found.magnitude,
     )
 
 
@@ -136,7 +163,7 @@ def check_ranks(lora_A: TensorInfo, lora_B: TensorInfo, lora_E: TensorInfo | Non
         raise ShapeMismatch(f"{lora_E.name} has shape {list(lora_E.shape)}, not {expected} numbers")
 
 
-def _targeted(path: str, config: AdapterConfig) -> list[str]:
+def targeted_parameters(path: str, config: AdapterConfig) -> list[str]:
     """Names in `target_parameters` that may be parameters of the module `path`."""
     split = [target.rpartition(".") for target in config.target_parameters]
     return sorted({name for module, _, name in split if matches(path, module)})
@@ -146,7 +173,7 @@ def _parameter(module: AdaptedModule, modules: list[AdaptedModule], config: Adap
     """The parameter that a module's factors adapt. Which of several is not in their names, but in how often PEFT
     wrapped the module: once for each, in the model's order, so that the first has most wrappers around it."""
     path = module.path
-    names = _targeted(path, config)
+    names = targeted_parameters(path, config)
     if not names:
         return f"{path}.weight"
     if keymap.inferred and (len(names) > 1 or len(keymap.shapes[f"{path}.{names[0]}"]) > 2):
@@ -182,22 +209,18 @@ def _is_transposed(parameter: str, product: Shape, config: AdapterConfig, keymap
     return stored_transposed and config.peft_version >= _SWAPPED_UNLESS_TRANSPOSED_SINCE
 
 
-def _indices(path: str, new_rows: TensorInfo, config: AdapterConfig) -> tuple[int, ...]:
+def token_indices(path: str, new_rows: TensorInfo, config: AdapterConfig) -> tuple[int, ...]:
+    """Which rows of the module's parameter `new_rows` are; KeyMismatch if the configuration does not say."""
     found = [indices for name, indices in config.trainable_token_indices.items() if not name or matches(path, name)]
     if len(found) != 1 or len(found[0]) != new_rows.shape[0]:
         raise KeyMismatch(f"{new_rows.name} does not fit trainable_token_indices of the config")
     return found[0]
 
 
-def _is_announced(path: str, name: str, config: AdapterConfig) -> bool:
+def is_announced(path: str, name: str, config: AdapterConfig) -> bool:
     """Whether a parameter stored whole is one that the config says was trained. Others PEFT would ignore, except
     input and output layer: it stores them unasked when the vocabulary was resized."""
-    saved, parents = set(config.modules_to_save), [path]
-    while "." in parents[-1]:
-        parents.append(parents[-1].rpartition(".")[0])
-    if not all(saved.isdisjoint(ends(parent)) for parent in parents):
-        return True
-    if name == "bias" and config.bias != "none":
+    if saved_module(path, config.modules_to_save) or (name == "bias" and config.bias != "none"):
         return True
     if path.rpartition(".")[2] not in (*EMBEDDINGS, *OUTPUT_LAYERS):
         raise KeyMismatch(f"{path}.{name} is stored whole, but is not in modules_to_save")

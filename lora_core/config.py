@@ -78,7 +78,7 @@ class LoraConfig:
             if not isinstance(getattr(self, name), bool):
                 raise BadConfig(f"{name} must be true or false, not {getattr(self, name)!r}")
         self._check_choices()
-        own = {"target_parameters": config_fields.names("target_parameters", self.target_parameters)}
+        own: dict[str, Any] = {"target_parameters": config_fields.names("target_parameters", self.target_parameters)}
         if self.target_modules or not self.target_parameters:
             own |= {"target_modules": config_fields.targets(self.target_modules)}
         own |= {name: config_fields.names(name, getattr(self, name)) for name in ("exclude_modules", "layers_pattern")}
@@ -138,8 +138,11 @@ class LoraConfig:
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
-    def from_peft_json(cls, data: bytes) -> Self:
-        """Parse `adapter_config.json`; anything that would change the arithmetic and is not done here is refused."""
+    def from_peft_json(cls, data: bytes, *, modules: Sequence[str] = ()) -> Self:
+        """Parse `adapter_config.json`; anything that would change the arithmetic and is not done here is refused.
+
+        Where target_modules is a regular expression, as PEFT allows, `modules` are what it matched.
+        """
         if len(data) > MAX_CONFIG_BYTES:
             raise BadConfig(f"adapter_config.json is larger than {MAX_CONFIG_BYTES} bytes")
         try:
@@ -162,6 +165,8 @@ class LoraConfig:
             )
         given = {name: value for name, value in document.items() if name in known}
         given["target_modules"] = config_fields.as_tuple(given["target_modules"])
+        if isinstance(given["target_modules"], str) and given["target_modules"] not in PRESETS and modules:
+            given["target_modules"] = tuple(modules)
         for name in ("modules_to_save", "exclude_modules", "layers_pattern", "target_parameters"):
             given[name] = config_fields.as_strings(given.get(name))
         for name in ("rank_pattern", "alpha_pattern"):

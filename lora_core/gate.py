@@ -1,52 +1,36 @@
 """The check an adapter folder passes before it is published or merged. Reads two files; needs no torch."""
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from lora_core.config import MAX_CONFIG_BYTES, LoraConfig, match_targets
-from lora_core.errors import BadAdapter, BadConfig, KeyMismatch, NonFinite, ShapeMismatch, UnknownTargetModules
-from lora_core.floats import FLOATS, Array, widen
+from lora_core.adapter_names import WRAPPER, AdaptedModule, adapted_modules
+from lora_core.changes import ModuleFactors, check_ranks, find_factors, is_announced, targeted_parameters, token_indices
+from lora_core.config import MAX_CONFIG_BYTES, LoraConfig
+from lora_core.errors import BadAdapter, BadConfig, KeyMismatch, NonFinite, ShapeMismatch
+from lora_core.floats import Array, widen
 from lora_core.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header
+from lora_core.peft_config import AdapterConfig
 from lora_core.shards import ByteReader
+from lora_core.targets import ends, matches, saved_module, saving
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]+)\.lora_(?P<factor>[AB])\.weight")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two factors of one module as they lie in the file: lora_A (r, in), lora_B (out, r)."""
-
-    lora_A: TensorInfo
-    lora_B: TensorInfo
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the product."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter is: its configuration and, per module path, (out, r, in)."""
+    """What an adapter is: its configuration and, per module path, (out, r, in) of the product added there.
+
+    `parameter_count` counts all that was trained, whole modules and rows included.
+    """
 
     config: LoraConfig
     modules: Mapping[str, tuple[int, int, int]]
     parameter_count: int
-
-
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """`adapter_config.json` of the folder. A missing file is BadAdapter."""
-    config = LoraConfig.from_peft_json(read_config_bytes(directory))
-    for name in ("use_dora", "target_parameters"):
-        if getattr(config, name):
-            raise BadConfig(f"{name} is set, and such adapters are not checked here yet")
-    return config
 
 
 def read_config_bytes(directory: Path) -> bytes:
@@ -62,29 +46,6 @@ def read_adapter_header(directory: Path) -> Header:
     return read_header(_file(directory, WEIGHTS_FILE), max_bytes=ADAPTER_HEADER_BYTES)
 
 
-def adapter_pairs(header: Header, config: LoraConfig) -> dict[str, Pair]:
-    """Module path → its factors. Every tensor is used, every pair is whole, and r is what the config says."""
-    factors: dict[str, dict[str, TensorInfo]] = {}
-    for tensor in header.tensors:
-        match = _KEY.fullmatch(tensor.name)
-        if match is None:
-            raise KeyMismatch(f"{tensor.name} is not lora_A.weight or lora_B.weight of a module: unsupported")
-        if tensor.dtype not in FLOATS:
-            raise BadAdapter(f"{tensor.name} has the dtype {tensor.dtype}, which is not a float")
-        factors.setdefault(match["path"], {})[match["factor"]] = tensor
-    if not factors:
-        raise BadAdapter(f"{WEIGHTS_FILE} holds no tensor: the adapter is empty")
-    pairs = {path: _pair(path, found, config.rank_for(path)) for path, found in sorted(factors.items())}
-    try:
-        matched = set(match_targets(config, pairs))
-    except UnknownTargetModules as error:
-        unknown = ", ".join(error.details["unknown"])
-        raise KeyMismatch(f"target_modules names {unknown}, of which the file has no tensor") from None
-    if surplus := sorted(pairs.keys() - matched):
-        raise KeyMismatch(f"{surplus[0]} has tensors but is not in target_modules")
-    return pairs
-
-
 def read_factor(reader: ByteReader, header: Header, tensor: TensorInfo) -> Array:
     """One factor as float64. NaN and infinity are NonFinite."""
     raw = reader.read(header.data_start + tensor.begin, tensor.end - tensor.begin)
@@ -97,31 +58,102 @@ def read_factor(reader: ByteReader, header: Header, tensor: TensorInfo) -> Array
 def check_adapter(directory: Path) -> AdapterFacts:
     """Read all of the adapter in `directory` and refuse what PEFT, vLLM or a merge could not use.
 
-    Beyond form: all numbers are finite, and at least one lora_B is not all zero (else nothing was learned).
+    Every tensor belongs to the configuration and is whole; beyond form, all numbers are finite, and something was
+    learned: not every product is zero, or there is more than products.
     """
-    config = read_adapter_config(directory)
+    data = read_config_bytes(directory)
+    wide = AdapterConfig.from_json(data)
     header = read_adapter_header(directory)
-    pairs = adapter_pairs(header, config)
-    changes_something = False
+    modules = adapted_modules(header)
+    adapted = {_name(module): module for module in modules if module.roles.keys() - {"new_rows"}}
+    config = LoraConfig.from_peft_json(data, modules=[*adapted])
+    factors = {name: _check_factors(module, wide) for name, module in adapted.items()}
+    for module in modules:
+        if new_rows := module.roles.get("new_rows"):
+            token_indices(module.path, new_rows, wide)
+    config = _as_names(config, modules, wide)
+    _check_targets(config, [name for name, module in adapted.items() if not targeted_parameters(module.path, wide)])
+    copies = [*_copies_of_the_base(modules, wide)]
+    products = [[factor.name for factor in found.factors] for found in factors.values()]
+    _check_numbers(directory, header, products, copies, wide)
+    count = sum(prod(tensor.shape) for tensor in header.tensors if tensor not in copies)
+    sizes = {name: _sizes(found) for name, found in factors.items()}
+    return AdapterFacts(config, sizes, count)
+
+
+def _name(module: AdaptedModule) -> str:
+    """Its path, and which of its parameters, if it is a module of experts."""
+    return module.path + module.depth * WRAPPER
+
+
+def _sizes(found: ModuleFactors) -> tuple[int, int, int]:
+    out, *inputs = found.product
+    return out, found.lora_A.shape[0], prod(inputs)
+
+
+def _check_factors(module: AdaptedModule, config: AdapterConfig) -> ModuleFactors:
+    found = find_factors(module, config)
+    parameters = targeted_parameters(module.path, config)
+    key = f"{module.path}.{parameters[0]}" if parameters else module.path
+    r = config.rank_for(key)
+    # which experts there are the base alone knows
+    times = found.lora_A.shape[0] // r if parameters and r and found.lora_A.shape else 1
+    check_ranks(found.lora_A, found.lora_B, found.lora_E, r, times)
+    if ("lora_bias" in module.roles) is not config.lora_bias:
+        raise KeyMismatch(f"{module.path} and the config disagree on whether lora_B has a bias")
+    return found
+
+
+def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule], wide: AdapterConfig) -> LoraConfig:
+    """`config` with `modules_to_save` in names that mean, dot by dot, what PEFT took them for."""
+    saved: set[str] = set()
+    for module in modules:
+        for name in module.saved:
+            is_announced(module.path, name, wide)
+            if (name == "bias" and config.bias == "all") or saving(module.path, config.saved_names()):
+                continue
+            if parent := saved_module(module.path, config.modules_to_save):
+                saved.add(parent)
+    return replace(config, modules_to_save=(*config.modules_to_save, *saved)) if saved else config
+
+
+def _check_targets(config: LoraConfig, paths: Iterable[str]) -> None:
+    """Each module with factors is a target, and no target lacks factors, but for those that the config excludes."""
+    paths = sorted(paths)
+    if isinstance(config.target_modules, str):
+        return
+    for path in paths:
+        if not any(matches(path, target) for target in config.target_modules):
+            raise KeyMismatch(f"{path} has tensors but is not in target_modules")
+    found = {end for path in paths for end in ends(path)}
+    spared = (*config.exclude_modules, *config.saved_names())
+    for target in config.target_modules:
+        may_lack = config.layers_to_transform or any(matches(target, n) or matches(n, target) for n in spared)
+        if target not in found and not may_lack:
+            raise KeyMismatch(f"target_modules names {target}, of which the file has no tensor")
+
+
+def _copies_of_the_base(modules: Iterable[AdaptedModule], config: AdapterConfig) -> Iterable[TensorInfo]:
+    for module in modules:
+        yield from (tensor for name, tensor in module.saved_base.items() if name == "weight")
+        yield from (tensor for name, tensor in module.saved.items() if not is_announced(module.path, name, config))
+
+
+def _check_numbers(
+    directory: Path, header: Header, products: list[list[str]], copies: Iterable[TensorInfo], config: AdapterConfig
+) -> None:
+    """All are finite. Some product of factors is not zero, or something else is there that may change the base."""
+    no_change = {name for names in products for name in names} | {tensor.name for tensor in copies}
+    not_zero = set()
     with ByteReader(directory / WEIGHTS_FILE) as reader:
-        for pair in pairs.values():
-            read_factor(reader, header, pair.lora_A)
-            changes_something |= bool(read_factor(reader, header, pair.lora_B).any())
-    if not changes_something:
-        raise BadAdapter("every lora_B is zero: this adapter changes nothing")
-    modules = {path: (pair.shape[0], pair.lora_A.shape[0], pair.shape[1]) for path, pair in pairs.items()}
-    return AdapterFacts(config, modules, sum(r * (rows + columns) for rows, r, columns in modules.values()))
-
-
-def _pair(path: str, found: Mapping[str, TensorInfo], r: int) -> Pair:
-    for factor in "AB":
-        if factor not in found:
-            raise KeyMismatch(f"{path} has no lora_{factor}.weight")
-    pair = Pair(found["A"], found["B"])
-    for tensor, axis in ((pair.lora_A, 0), (pair.lora_B, 1)):
-        if len(tensor.shape) != 2 or 0 in tensor.shape or tensor.shape[axis] != r:
-            raise ShapeMismatch(f"{tensor.name} has shape {list(tensor.shape)}; axis {axis} should be r = {r}")
-    return pair
+        for tensor in header.tensors:
+            # AdaLoRA prunes modules to nothing; else sharded training saves what it failed to gather
+            if 0 in tensor.shape and not config.init_r:
+                raise ShapeMismatch(f"{tensor.name} has shape {list(tensor.shape)}: it is empty")
+            if read_factor(reader, header, tensor).any():
+                not_zero.add(tensor.name)
+    if not_zero <= no_change and not any(not_zero.issuperset(names) for names in products):
+        raise BadAdapter("every lora_B is zero, or all that it is multiplied by: this adapter changes nothing")
 
 
 def _file(directory: Path, name: str) -> Path:

@@ -1,17 +1,31 @@
-"""Put LoRA layers into a model, find them, turn them off, take them out again."""
+"""Put adapted layers into a model, find them, turn them off, take them out again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lora_core.config import OUTPUT_LAYER, LoraConfig, match_targets
-from lora_core.errors import BadConfig
+from lora_core.config import CLASSIFIER_HEADS, LoraConfig, match_targets
+from lora_core.convolutions import LoraConv
+from lora_core.embeddings import LoraEmbedding, TiedTokenOutputs, TokenOutputs, TokenRows
+from lora_core.errors import BadConfig, UnknownTargetModules
 from lora_core.layer import AdapterLayer, LoraLayer
-from lora_core.layers import LoraLinear
+from lora_core.layers import LoraConv1D, LoraLinear
+from lora_core.targets import PRESETS, matches, saving
+from lora_core.whole import SavedModule, TrainedBias
 
 # Kind of base module → the layer that adapts it; of several kinds that fit, the most derived counts.
-LAYER_KINDS: dict[type[nn.Module], type[LoraLayer]] = {nn.Linear: LoraLinear}
+LAYER_KINDS: dict[type[nn.Module], type[LoraLayer]] = {
+    nn.Linear: LoraLinear,
+    Conv1D: LoraConv1D,
+    nn.Embedding: LoraEmbedding,
+    nn.Conv1d: LoraConv,
+    nn.Conv2d: LoraConv,
+    nn.Conv3d: LoraConv,
+}
+LINEAR_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 
 def layer_class(base_layer: nn.Module) -> type[LoraLayer] | None:
@@ -19,33 +33,36 @@ def layer_class(base_layer: nn.Module) -> type[LoraLayer] | None:
     return next((LAYER_KINDS[kind] for kind in type(base_layer).__mro__ if kind in LAYER_KINDS), None)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path → every linear layer, the output layer included."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def linear_layers(model: nn.Module) -> list[str]:
+    """Paths of the layers that "all-linear" means: all but the output layer, sorted."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = model.named_modules()
+    return sorted(name for name, module in modules if isinstance(module, LINEAR_KINDS) and module is not output)
 
 
 def inject(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
-    """Freeze `model`, wrap its target modules, and return their paths, sorted.
+    """Freeze `model`, put in what `config` asks for, and return the paths of its LoRA layers, sorted.
 
-    UnknownTargetModules if a target does not exist; BadConfig if the model cannot be adapted as asked. Nothing is
+    UnknownTargetModules if a name matches nothing; BadConfig if the model cannot be adapted as asked. Nothing is
     changed then.
     """
-    if lora_layers(model):
-        raise BadConfig("the model has LoRA layers already; eject them first")
-    if config.fan_in_fan_out:
-        raise BadConfig("fan_in_fan_out is for Conv1D layers; no model trained here has them")
-    layers = linear_layers(model)
-    paths = match_targets(config, layers)
-    model_config = getattr(model, "config", None)
-    if OUTPUT_LAYER in paths and getattr(model_config, "tie_word_embeddings", False):
-        raise BadConfig(f"{OUTPUT_LAYER} shares its weight with the input embedding and cannot be a target")
+    if adapter_layers(model):
+        raise BadConfig("the model has adapted layers already; eject them first")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        layers = _make_layers(model, config, seed)
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad = True
+        raise
+    trained = [parameter for layer in layers.values() for parameter in _own_parameters(layer)]
     model.requires_grad_(requires_grad=False)
-    for path in paths:
-        kind = layer_class(layers[path])
-        if kind is None:
-            raise BadConfig(f"{path} is of a kind that no layer here adapts")
-        model.set_submodule(path, kind.from_config(layers[path], path, config, seed))
-    return paths
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+        layer.train(model.training)
+    for parameter in trained:
+        parameter.requires_grad = True
+    return sorted(path for path, layer in layers.items() if isinstance(layer, LoraLayer))
 
 
 def eject(model: nn.Module) -> None:
@@ -80,3 +97,100 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """lora_A and lora_B of every LoRA layer, in the order of paths."""
     return [factor for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)]
+
+
+def _make_layers(model: nn.Module, config: LoraConfig, seed: int) -> dict[str, AdapterLayer]:
+    """Path → the layer to put there."""
+    for name in ("use_dora", "target_parameters"):
+        if getattr(config, name):
+            raise BadConfig(f"{name} is set, and no layer here does that yet")
+    modules: dict[str, Any] = dict(model.named_modules())
+    layers: dict[str, AdapterLayer] = {}
+    for path in _targeted(model, modules, config):
+        kind = layer_class(modules[path]) or LoraLayer  # only such modules are targets
+        layers[path] = kind.from_config(modules[path], path, config, seed)
+    if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
+        raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")
+    for path in _saved(modules, config):
+        layers[path] = SavedModule(modules[path], path=path)
+    for path, layer in _token_layers(model, modules, config).items():
+        if path in layers:
+            raise BadConfig(f"trainable_token_indices names {path}, which is adapted or saved whole already")
+        layers[path] = layer
+    if config.bias == "all":
+        for path, module in modules.items():
+            taken = any(path == other or path.startswith(f"{other}.") for other in layers)
+            if module._parameters.get("bias") is not None and not taken:
+                layers[path] = TrainedBias(module, path=path)
+    return layers
+
+
+def _targeted(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    paths = match_targets(
+        config, (name for name, module in modules.items() if layer_class(module)), linear_layers(model)
+    )
+    for name, module in modules.items() if config.target_modules not in PRESETS else ():
+        # PEFT, reading the same names, would fail on these
+        named = any(matches(name, target) for target in config.target_modules)
+        if named and not layer_class(module) and not saving(name, config.saved_names()):
+            raise BadConfig(f"target_modules names {name}, a {type(module).__name__}, which is not adapted")
+    if not paths:
+        raise BadConfig("no target_modules are left: all are excluded, saved whole or in other layers")
+    return paths
+
+
+def _saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """Paths of the modules to train whole, of those within each other the outer."""
+    found = [path for path in modules if any(matches(path, name) for name in config.saved_names())]
+    for name in config.modules_to_save:
+        if name not in CLASSIFIER_HEADS and not any(matches(path, name) for path in found):
+            available = sorted({path.rpartition(".")[2] for path in modules if path})
+            raise UnknownTargetModules(
+                f"modules_to_save names {name}, which the base model has not", unknown=[name], available=available
+            )
+    return [path for path in found if not any(path.startswith(f"{outer}.") for outer in found)]
+
+
+def _token_layers(model: Any, modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, TokenRows]:
+    """Layers for rows of embeddings. An output layer tied to an embedding shares its new rows, unless it has others:
+    so it is in PEFT."""
+    if not config.trainable_token_indices:
+        return {}
+    indices = {_embedding(model, modules, name): rows for name, rows in config.trainable_token_indices.items()}
+    layers: dict[str, TokenRows] = {}
+    for path, rows in indices.items():
+        kind = TokenRows if isinstance(modules[path], nn.Embedding) else TokenOutputs
+        if kind is TokenOutputs and not isinstance(modules[path], nn.Linear):
+            raise BadConfig(f"trainable_token_indices names {path}, a {type(modules[path]).__name__}")
+        layers[path] = kind(modules[path], path=path, indices=rows)
+    source, tied = _tie(model, modules)
+    if source in layers and tied and indices.get(tied, indices[source]) == indices[source]:
+        layers[tied] = TiedTokenOutputs(modules[tied], path=tied, embedding=layers[source])
+    return layers
+
+
+def _embedding(model: Any, modules: Mapping[str, nn.Module], name: str) -> str:
+    if not name:
+        return _path_of(model.get_input_embeddings(), modules)
+    found = [path for path in modules if matches(path, name)]
+    if len(found) != 1:
+        raise BadConfig(f"trainable_token_indices names {name}, and {len(found)} modules are called so")
+    return found[0]
+
+
+def _tie(model: Any, modules: Mapping[str, nn.Module]) -> tuple[str, str | None]:
+    """The input embedding, and the output layer if it shares its matrix."""
+    if not hasattr(model, "get_input_embeddings"):
+        return "", None
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = output is not None and output.weight is embedding.weight
+    return _path_of(embedding, modules), _path_of(output, modules) if shared else None
+
+
+def _path_of(module: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    return next(path for path, other in modules.items() if other is module)
+
+
+def _own_parameters(layer: AdapterLayer) -> list[nn.Parameter]:
+    """Those that the layer trains; the base's own are frozen."""
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]

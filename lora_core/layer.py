@@ -115,7 +115,7 @@ class LoraLayer(AdapterLayer):
 
     def add_lora_bias(self) -> None:
         """Give lora_B a bias, at zero."""
-        bias = self.base_layer.bias
+        bias = getattr(self.base_layer, "bias", None)
         if bias is None:
             raise BadConfig(f"lora_bias adds to the bias of {self.path}, which has none")
         self.lora_B_bias = self.zeros(*bias.shape)
@@ -133,19 +133,24 @@ class LoraLayer(AdapterLayer):
 
     def start(self, shape: tuple[int, ...], fan_in: int, *, gaussian: bool) -> nn.Parameter:
         """A factor as it is before training: Kaiming-uniform (a = √5), or normal with deviation 1/r."""
-        generator = torch.Generator().manual_seed(_module_seed(self.seed, self.path))
-        factor = torch.empty(shape, dtype=torch.float32)
         if gaussian:
-            factor.normal_(0.0, 1 / self.r, generator=generator)
-        else:
-            bound = 1 / math.sqrt(fan_in)  # what kaiming_uniform_ with a = √5 comes to
-            factor.uniform_(-bound, bound, generator=generator)
-        return nn.Parameter(factor.to(self.base_layer.weight.device))
+            return self.start_normal(shape, 1 / self.r)
+        bound = 1 / math.sqrt(fan_in)  # what kaiming_uniform_ with a = √5 comes to
+        factor = torch.empty(shape, dtype=torch.float32)
+        return self._beside_base(factor.uniform_(-bound, bound, generator=self._generator()))
+
+    def start_normal(self, shape: tuple[int, ...], deviation: float) -> nn.Parameter:
+        """A factor that starts normal."""
+        factor = torch.empty(shape, dtype=torch.float32)
+        return self._beside_base(factor.normal_(0.0, deviation, generator=self._generator()))
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """A factor that starts at zero, beside the base's weight."""
-        return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=self.base_layer.weight.device))
+        return self._beside_base(torch.zeros(shape, dtype=torch.float32))
 
+    def _generator(self) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{self.path}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-def _module_seed(seed: int, path: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1
+    def _beside_base(self, factor: Tensor) -> nn.Parameter:
+        return nn.Parameter(factor.to(self.base_layer.weight.device))

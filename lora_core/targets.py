@@ -71,6 +71,13 @@ def saving(path: str, names: Iterable[str]) -> str | None:
     return next((name for name in names for parent in with_parents(path) if matches(parent, name)), None)
 
 
+def saved_module(path: str, names: Iterable[str]) -> str | None:
+    """The module saved whole that `path` is, or is part of. PEFT takes any name that ends like one of `names`, even
+    within a word."""
+    ending = tuple(names)
+    return next((parent for parent in [*with_parents(path)][::-1] if ending and parent.endswith(ending)), None)
+
+
 def query_and_value(paths: Iterable[str]) -> tuple[str, ...]:
     """What the paper adapts, by the names that these modules have; empty if none of the known ones are there."""
     last = {path.rpartition(".")[2] for path in paths}

@@ -162,9 +162,3 @@ def test_injecting_twice_is_refused(llama):
     inject(model, LoraConfig(), 0)
     with pytest.raises(BadConfig, match="already"):
         inject(model, LoraConfig(), 0)
-
-
-def test_a_tied_output_layer_is_not_a_target(tmp_path):
-    model = load(make_base(tmp_path / "base", tie=True))
-    with pytest.raises(BadConfig, match="lm_head"):
-        inject(model, LoraConfig(target_modules=("lm_head",)), 0)
