@@ -17,6 +17,7 @@ from lora_core.layer import AdapterLayer
 from lora_core.layers import LoraConv1D
 from lora_core.shards import ByteReader
 from lora_core.targets import PRESETS, matches, saved_module
+from lora_core.variants import as_saved
 
 _COPY_OF_BASE = ".base_layer.weight"
 
@@ -49,6 +50,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def export_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """`config` as PEFT must read it to find in the base what is adapted in `model`."""
     layers = lora_layers(model)
+    config = as_saved(config, layers)
     every = sorted({path.replace(".base_layer", "") for path, _ in model.named_modules() if path})
     if config.target_modules in PRESETS:
         config = replace(config, target_modules=_spelt_out(config, list(layers), every))

@@ -44,15 +44,22 @@ class LoraConv(LoraLayer):
         base = self.base_layer
         if not self.enabled:
             return base(x)
-        dropped = F.dropout(x, self.lora_dropout, training=self.training)
-        convolve = _CONVOLVE[base.weight.ndim]
-        h = convolve(dropped, self.lora_A.to(x.dtype), stride=base.stride, padding=base.padding)
-        added = self.scaling * convolve(h, self.lora_B.to(x.dtype))
+        added = self.added(F.dropout(x, self.lora_dropout, training=self.training))
         bias = self.bias_to_add()
         if bias is None:
             return base(x) + added
-        y = convolve(x, base.weight, stride=base.stride, padding=base.padding)
+        y = self.convolve(x, base.weight)
         return y + bias.to(y.dtype).reshape(-1, *(1 for _ in base.kernel_size)) + added
+
+    def convolve(self, x: Tensor, filters: Tensor) -> Tensor:
+        """`x` under `filters` (channels, in, *kernel), with the base's stride and padding."""
+        base = self.base_layer
+        return _CONVOLVE[filters.ndim](x, filters.to(x.dtype), stride=base.stride, padding=base.padding)
+
+    def added(self, x: Tensor) -> Tensor:
+        """scaling · B∗(A∗x)."""
+        lora_B = self.lora_B.to(x.dtype)
+        return self.scaling * _CONVOLVE[lora_B.ndim](self.convolve(x, self.lora_A), lora_B)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_core.adalora_config import read_config
 from lora_core.adapter_names import WRAPPER, AdaptedModule, adapted_modules
 from lora_core.changes import ModuleFactors, check_ranks, find_factors, is_announced, targeted_parameters, token_indices
 from lora_core.config import MAX_CONFIG_BYTES, LoraConfig
@@ -66,7 +67,7 @@ def check_adapter(directory: Path) -> AdapterFacts:
     header = read_adapter_header(directory)
     modules = adapted_modules(header)
     adapted = {_name(module): module for module in modules if module.roles.keys() - {"new_rows"}}
-    config = LoraConfig.from_peft_json(data, modules=[*adapted])
+    config = read_config(data, modules=[*adapted])
     factors = {name: _check_factors(module, wide) for name, module in adapted.items()}
     for module in modules:
         if new_rows := module.roles.get("new_rows"):

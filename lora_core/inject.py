@@ -8,29 +8,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.config import CLASSIFIER_HEADS, LoraConfig, match_targets
-from lora_core.convolutions import LoraConv
-from lora_core.embeddings import LoraEmbedding, TiedTokenOutputs, TokenOutputs, TokenRows
+from lora_core.embeddings import TiedTokenOutputs, TokenOutputs, TokenRows
 from lora_core.errors import BadConfig, UnknownTargetModules
 from lora_core.layer import AdapterLayer, LoraLayer
-from lora_core.layers import LoraConv1D, LoraLinear
+from lora_core.layers import LoraConv1D
 from lora_core.targets import PRESETS, matches, saving
+from lora_core.variants import LORA, Kinds, kinds_for
 from lora_core.whole import SavedModule, TrainedBias
 
-# Kind of base module → the layer that adapts it; of several kinds that fit, the most derived counts.
-LAYER_KINDS: dict[type[nn.Module], type[LoraLayer]] = {
-    nn.Linear: LoraLinear,
-    Conv1D: LoraConv1D,
-    nn.Embedding: LoraEmbedding,
-    nn.Conv1d: LoraConv,
-    nn.Conv2d: LoraConv,
-    nn.Conv3d: LoraConv,
-}
 LINEAR_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 
-def layer_class(base_layer: nn.Module) -> type[LoraLayer] | None:
-    """What adapts a module of this kind; None if nothing does."""
-    return next((LAYER_KINDS[kind] for kind in type(base_layer).__mro__ if kind in LAYER_KINDS), None)
+def layer_class(base_layer: nn.Module, kinds: Kinds = LORA) -> type[LoraLayer] | None:
+    """What adapts a module of this kind, the most derived of those that fit; None if nothing does."""
+    return next((kinds[kind] for kind in type(base_layer).__mro__ if kind in kinds), None)
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -101,13 +92,14 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _make_layers(model: nn.Module, config: LoraConfig, seed: int) -> dict[str, AdapterLayer]:
     """Path → the layer to put there."""
-    for name in ("use_dora", "target_parameters"):
-        if getattr(config, name):
-            raise BadConfig(f"{name} is set, and no layer here does that yet")
+    if config.target_parameters:
+        raise BadConfig("target_parameters is set, and no layer here does that yet")
     modules: dict[str, Any] = dict(model.named_modules())
     layers: dict[str, AdapterLayer] = {}
     for path in _targeted(model, modules, config):
-        kind = layer_class(modules[path]) or LoraLayer  # only such modules are targets
+        kind = layer_class(modules[path], kinds_for(config))
+        if kind is None:
+            raise BadConfig(f"{path}, a {type(modules[path]).__name__}, is adapted by LoRA, but not by this variant")
         layers[path] = kind.from_config(modules[path], path, config, seed)
     if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
         raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")

@@ -1,0 +1,91 @@
+"""Training that starts from the base's own principal directions: PiSSA (arXiv:2404.02948), OLoRA (arXiv:2406.01775)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.config import LoraConfig
+from lora_core.errors import BadConfig
+from lora_core.layers import LoraConv1D, LoraLinear
+
+
+class PrincipalLinear(LoraLinear):
+    """y = base(x) + scaling · x·(B·A − B₀·A₀)ᵀ, where A₀ and B₀, at which A and B start, are found in W.
+
+    That is LoRA on the residual W − scaling·B₀·A₀, without changing W: ejected, the base is what it was. To the world
+    the layer is a plain LoRA of rank 2r, [A; A₀] and [B, −B₀], which fits the unchanged base.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, base_layer: nn.Module, *, method: str = "pissa", **settings: Any) -> None:
+        super().__init__(base_layer, **settings)
+        most = min(self.matrix().shape)
+        if self.r > most:
+            raise BadConfig(f"{self.path} has {most} principal directions; r is {self.r}")
+        start_B, start_A = _STARTS[method](self.matrix().detach().float(), self.r, self.scaling)
+        self.register_buffer("start_A", start_A.contiguous(), persistent=False)
+        self.register_buffer("start_B", start_B.contiguous(), persistent=False)
+        self.lora_A = nn.Parameter(self.start_A.clone())
+        self.lora_B = nn.Parameter(self.start_B.clone())
+
+    @classmethod
+    def options(cls, config: LoraConfig) -> dict[str, Any]:
+        """Where the factors start. BadConfig now, rather than at the end, if twice the rank is too much."""
+        as_plain(config)
+        return {"method": config.init_lora_weights}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(2r, in) and (out, 2r): what is added to the base."""
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """A plain LoRA of twice the rank."""
+        lora_A, lora_B = self.factors()
+        return super().adapter_tensors() | {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: ARG002  none can be taken
+        """Refused: what was saved is a plain LoRA, and `load_adapter` makes plain layers for it."""
+        raise BadConfig(f"{self.path} is in training from principal directions; load the adapter into a fresh base")
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The start, so that a run goes on from the same one whatever the linear algebra gives next time."""
+        return {"start_A": self.start_A, "start_B": self.start_B}
+
+
+class PrincipalConv1D(PrincipalLinear, LoraConv1D):
+    """The same over transformers' Conv1D, which stores (in, out)."""
+
+
+def as_plain(config: LoraConfig) -> LoraConfig:
+    """The configuration of what such layers save: twice the rank, the same scaling, an ordinary start."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=factor * config.lora_alpha,
+        rank_pattern={path: 2 * r for path, r in config.rank_pattern.items()},
+        alpha_pattern={path: factor * alpha for path, alpha in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+def _pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The r largest singular directions, each factor with the root of the singular value."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    roots = (S[:r] / scaling).sqrt()
+    return U[:, :r] * roots, roots[:, None] * Vh[:r]
+
+
+def _olora(weight: Tensor, r: int, _: float) -> tuple[Tensor, Tensor]:
+    """The first r columns of Q and rows of R."""
+    Q, R = torch.linalg.qr(weight)
+    return Q[:, :r], R[:r]
+
+
+_STARTS = {"pissa": _pissa, "olora": _olora}

@@ -1,0 +1,102 @@
+"""PiSSA and OLoRA: PEFT's start and training as the oracle; what is saved is a plain LoRA that fits the base."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora_core.config import LoraConfig
+from lora_core.errors import BadConfig
+from lora_core.layers import LoraLinear
+from lora_core.principal import PrincipalConv1D, PrincipalLinear, as_plain
+from tests.lora_core.test_dora import Net
+
+METHODS = ("pissa", "olora")
+
+
+def ours(method: str, *, kind: str = "linear", r: int = 4) -> PrincipalLinear:
+    layer = PrincipalConv1D if kind == "conv1d" else PrincipalLinear
+    return layer(Net(kind).layer, method=method, path="layer", r=r, scaling=1.5)
+
+
+def x() -> torch.Tensor:
+    return torch.linspace(-1, 1, 96).view(6, 16)
+
+
+def trained(module: nn.Module, steps: int = 3) -> torch.Tensor:
+    """What the module says after some steps of AdamW, which treats a factor and its negative alike."""
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(x()).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        return module(x())
+
+
+# PEFT's OLoRA takes a Conv1D's matrix as it is stored, the wrong way round.
+@pytest.mark.parametrize(("method", "kind"), [("pissa", "linear"), ("pissa", "conv1d"), ("olora", "linear")])
+def test_start_and_training_are_those_of_peft(method, kind):
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["layer"], "init_lora_weights": method}
+    theirs = peft.get_peft_model(Net(kind), peft.LoraConfig(**settings))
+    layer, adapted = ours(method, kind=kind), theirs.base_model.model.layer
+    lora_A, lora_B = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+    torch.testing.assert_close(layer.lora_B @ layer.lora_A, lora_B @ lora_A)
+    torch.testing.assert_close(layer.lora_A.abs(), lora_A.abs(), atol=1e-5, rtol=1e-4)
+    subtracted = layer.scaling * layer.lora_B @ layer.lora_A
+    residual = layer.base_layer.weight - (subtracted.T if kind == "conv1d" else subtracted)
+    torch.testing.assert_close(residual, adapted.base_layer.weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(trained(layer), trained(theirs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fresh_layer_changes_nothing_but_rounding_and_never_the_base(method):
+    layer = ours(method)
+    before = layer.base_layer.weight.clone()
+    torch.testing.assert_close(layer(x()), layer.base_layer(x()), atol=1e-5, rtol=1e-5)
+    assert (trained(layer) - layer.base_layer(x())).abs().max() > 0.1
+    assert torch.equal(layer.base_layer.weight, before)
+    layer.enabled = False
+    assert torch.equal(layer(x()), layer.base_layer(x()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_saved_is_a_plain_lora_of_twice_the_rank(method, kind):
+    layer = ours(method, kind=kind)
+    expected = trained(layer)
+    plain_kind = LoraLinear if kind == "linear" else type("Plain", (LoraLinear,), {"matrix": PrincipalConv1D.matrix})
+    plain = plain_kind(layer.base_layer, path="layer", r=8, scaling=layer.scaling)
+    plain.load_tensors(layer.adapter_tensors())
+    torch.testing.assert_close(plain(x()), expected, atol=1e-5, rtol=1e-5)
+    merged = layer.base_layer.weight + layer.delta_weight()
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(merged)
+    torch.testing.assert_close(layer.base_layer(x()), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_saved_configuration_keeps_every_scaling(use_rslora):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=use_rslora,
+        rank_pattern={"a": 3},
+        alpha_pattern={"b": 5},
+        init_lora_weights="pissa",
+    )
+    plain = as_plain(config)
+    for path in ("a", "b", "c"):
+        assert plain.rank_for(path) == 2 * config.rank_for(path)
+        assert plain.scaling_for(path) == pytest.approx(config.scaling_for(path), rel=1e-15)
+    assert plain.init_lora_weights is True
+    with pytest.raises(BadConfig, match="pissa"):
+        config.to_peft_json()
+
+
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(BadConfig, match="16 principal directions"):
+        ours("pissa", r=17)
+    layer = ours("pissa")
+    with pytest.raises(BadConfig, match="in training from principal directions"):
+        layer.load_tensors(layer.adapter_tensors())
