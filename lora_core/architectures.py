@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 from lora_core.keymap import OUTPUT_LAYERS
+
+# What the base of a family is: a language model, one that reads before it writes, or one that only reads.
+Kind = Literal["decoder", "encoder-decoder", "encoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,7 @@ class Architecture:
     """
 
     class_name: str
+    kind: Kind = "decoder"
     embedding: str = "embed_tokens"
     width: str = "hidden_size"
     logits_divisor: str | None = None
@@ -35,6 +40,19 @@ class Architecture:
 
 
 _ROUTER = frozenset({"gate"})
+# of encoders
+_POSITIONS = frozenset({"position_embeddings", "token_type_embeddings", "rel_embeddings"})
+
+
+def _encoder(class_name: str) -> Architecture:
+    return Architecture(
+        class_name=class_name,
+        kind="encoder",
+        embedding="word_embeddings",
+        not_linear=_POSITIONS,
+        literal_names=False,
+    )
+
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -52,6 +70,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "stablelm": Architecture(class_name="StableLmForCausalLM"),
         "starcoder2": Architecture(class_name="Starcoder2ForCausalLM"),
         "granite": Architecture(class_name="GraniteForCausalLM", logits_divisor="logits_scaling"),
+        "gpt2": Architecture(
+            class_name="GPT2LMHeadModel",
+            embedding="wte",
+            width="n_embd",
+            trunk="transformer.",
+            not_linear=frozenset({"wpe"}),
+            literal_names=False,
+        ),
         "gpt_neox": Architecture(class_name="GPTNeoXForCausalLM", embedding="embed_in", literal_names=False),
         "opt": Architecture(
             class_name="OPTForCausalLM",
@@ -65,5 +91,16 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mixtral": Architecture(class_name="MixtralForCausalLM", not_linear=_ROUTER, literal_names=False),
         "qwen2_moe": Architecture(class_name="Qwen2MoeForCausalLM", not_linear=_ROUTER, literal_names=False),
         "qwen3_moe": Architecture(class_name="Qwen3MoeForCausalLM", not_linear=_ROUTER, literal_names=False),
+        "t5": Architecture(
+            class_name="T5ForConditionalGeneration",
+            kind="encoder-decoder",
+            embedding="shared",
+            width="d_model",
+            not_linear=frozenset({"relative_attention_bias"}),
+            literal_names=False,
+        ),
+        "bert": _encoder("BertForMaskedLM"),
+        "roberta": _encoder("RobertaForMaskedLM"),
+        "deberta-v2": _encoder("DebertaV2ForMaskedLM"),
     }
 )

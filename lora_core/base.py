@@ -1,31 +1,32 @@
 """The check a base model passes before it is stored or loaded: files, config and headers, without torch."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lora_core import strict_json
-from lora_core.architectures import ARCHITECTURES, Architecture
-from lora_core.config import OUTPUT_LAYER
+from lora_core.architectures import ARCHITECTURES, Architecture, Kind
 from lora_core.errors import BadBase
 from lora_core.floats import DTYPE_NAMES
 from lora_core.header import Header, TensorInfo, read_header
 from lora_core.keymap import is_conv1d
 from lora_core.shards import COMPANION_FILES, INDEX_FILE, SINGLE_FILE, index_shards, shard_names
+from lora_core.targets import OUTPUT_LAYER
 
 CONFIG_FILE = "config.json"
 # Small JSON files that a loader acts on; `inspect_base` wants those that exist.
 DOCUMENTS = (CONFIG_FILE, "generation_config.json", "tokenizer_config.json", INDEX_FILE)
 MAX_DOCUMENT_BYTES = 32 * 2**20
+LANGUAGE_MODELS: Final[tuple[Kind, ...]] = ("decoder",)
 
 _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 # Names through which a configuration makes a loader fetch or run code, or read weights in another format.
 _FORBIDDEN = frozenset({"auto_map", "custom_generate", "custom_pipelines", "quantization_config", "trust_remote_code"})
 # No slash: it would name a repository or a path, such as an attention kernel to download.
-_CONFIG_TEXT = re.compile(r"[A-Za-z0-9_.,:+\- ]{0,200}")
+_CONFIG_TEXT = re.compile(r"[A-Za-z0-9_.,:+|\- ]{0,200}")
 _FREE_TEXT = frozenset({"_name_or_path"})
 
 
@@ -45,7 +46,7 @@ def is_base_file(name: str) -> bool:
     return name in (*DOCUMENTS, *COMPANION_FILES) or _WEIGHTS.fullmatch(name) is not None
 
 
-def check_base(directory: Path) -> BaseFacts:
+def check_base(directory: Path, kinds: Collection[Kind] = LANGUAGE_MODELS) -> BaseFacts:
     """Check the base model in `directory`. BadBase or BadHeader say what is wrong with it."""
     names = sorted(path.name for path in directory.iterdir())
     documents = {}
@@ -55,7 +56,7 @@ def check_base(directory: Path) -> BaseFacts:
                 raise BadBase(f"{name} is larger than {MAX_DOCUMENT_BYTES} bytes")
             documents[name] = (directory / name).read_bytes()
     weights = expected_shards(names, documents)
-    return inspect_base(names, documents, {name: read_header(directory / name) for name in weights})
+    return inspect_base(names, documents, {name: read_header(directory / name) for name in weights}, kinds)
 
 
 def expected_shards(names: Iterable[str], documents: Mapping[str, bytes]) -> list[str]:
@@ -69,7 +70,12 @@ def expected_shards(names: Iterable[str], documents: Mapping[str, bytes]) -> lis
     return sorted(expected)
 
 
-def inspect_base(names: Iterable[str], documents: Mapping[str, bytes], headers: Mapping[str, Header]) -> BaseFacts:
+def inspect_base(
+    names: Iterable[str],
+    documents: Mapping[str, bytes],
+    headers: Mapping[str, Header],
+    kinds: Collection[Kind] = LANGUAGE_MODELS,
+) -> BaseFacts:
     """The same check for files that lie elsewhere: all names, the DOCUMENTS among them, and all shard headers."""
     names = sorted(names)
     if strange := [name for name in names if not is_base_file(name)]:
@@ -80,7 +86,7 @@ def inspect_base(names: Iterable[str], documents: Mapping[str, bytes], headers: 
     expected_shards(names, documents)
     parsed = {name: _document(name, data) for name, data in documents.items()}
     config = parsed[CONFIG_FILE]
-    family = _family(config)
+    family = _family(config, kinds)
     index = index_shards(headers, documents.get(INDEX_FILE))
     architecture = ARCHITECTURES[family]
     tensors = index.tensors()
@@ -119,10 +125,11 @@ def _linear_modules(family: str, tensors: Iterable[TensorInfo]) -> dict[str, tup
     return dict(sorted(found.items()))
 
 
-def _family(config: Mapping[str, Any]) -> str:
+def _family(config: Mapping[str, Any], kinds: Collection[Kind]) -> str:
     family = config.get("model_type")
-    if not isinstance(family, str) or family not in ARCHITECTURES:
-        raise BadBase(f"model_type {str(family)[:40]!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    supported = [name for name, architecture in ARCHITECTURES.items() if architecture.kind in kinds]
+    if not isinstance(family, str) or family not in supported:
+        raise BadBase(f"model_type {str(family)[:40]!r} is not supported; these are: {', '.join(supported)}")
     if config.get("architectures") != [ARCHITECTURES[family].class_name]:
         raise BadBase(f'architectures must be ["{ARCHITECTURES[family].class_name}"]')
     return family

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lora_core.architectures import ARCHITECTURES
 from lora_core.errors import BadBase
 from lora_core.header import TensorInfo
 from lora_core.keymap import Keymap, Place
@@ -60,10 +61,12 @@ def build_keymap(base_config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
 def _empty_model(base_config: Mapping[str, Any]) -> Any:
     given = {name: value for name, value in base_config.items() if name != "model_type"}
+    family = ARCHITECTURES.get(str(base_config.get("model_type")))
+    maker: Any = AutoModelForSeq2SeqLM if family and family.kind == "encoder-decoder" else AutoModelForCausalLM
     try:
         config = AutoConfig.for_model(str(base_config.get("model_type")), **given)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return maker.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise BadBase(f"transformers cannot make a model of this config.json: {str(error)[:200]}") from None
 

@@ -34,6 +34,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},  # the defaults are 1
+    "gpt2": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 48},
     "falcon": {},
@@ -41,7 +42,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24},
 }
-FAMILIES = tuple(_SETTINGS)
+FAMILIES = tuple(_SETTINGS)  # that write
+ENCODERS: dict[str, dict[str, Any]] = {"bert": {}, "roberta": {"type_vocab_size": 1}, "deberta-v2": {}}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 2}
 
 
 def make_tokenizer(directory: Path, *, vocab: int = 312, chat_template: str | None = CHAT_TEMPLATE) -> Any:
@@ -78,9 +81,9 @@ def make_base(
     shards: int = 1,
     tokenizer: bool = True,
 ) -> Path:
-    """A random causal LM of `family` in `directory`, as `save_pretrained` writes it, with about `shards` shards."""
+    """A random model of `family` in `directory`, as `save_pretrained` writes it, with about `shards` shards."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -97,18 +100,21 @@ def make_base(
         "eos_token_id": 1,
         "pad_token_id": 2,
         "tie_word_embeddings": tie,
-        **_SETTINGS[family],
+        **(_T5 if family == "t5" else (_SETTINGS | ENCODERS)[family]),
     }
     if "num_experts" in settings:
         settings["num_experts_per_tok"] = 2
     if family == "opt":
         settings["word_embed_proj_dim"] = hidden
-    if family == "falcon":
+    if family in ("falcon", "t5"):
         del settings["head_dim"]
+    maker: Any = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    if family == "t5":
+        maker = AutoModelForSeq2SeqLM
     config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = maker.from_config(config, dtype=getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     limit: int | str = "50GB" if shards == 1 else size // shards
     model.save_pretrained(directory, max_shard_size=limit)

@@ -13,11 +13,14 @@ from lora_core.merge import merge
 from lora_core.model import load_base
 from lora_core.train import TrainConfig, train
 from tests.lora_core.adapters import TOKENS, logits
-from tests.tiny import FAMILIES, make_base, make_rows
+from tests.tiny import ENCODERS, FAMILIES, make_base, make_rows
 
 
 def test_every_supported_family_is_tested():
-    assert sorted(FAMILIES) == sorted(ARCHITECTURES)
+    kinds = {"decoder": FAMILIES, "encoder": tuple(ENCODERS), "encoder-decoder": ("t5",)}
+    assert {(family, kind) for kind, families in kinds.items() for family in families} == {
+        (family, architecture.kind) for family, architecture in ARCHITECTURES.items()
+    }
 
 
 @pytest.mark.parametrize(
