@@ -56,6 +56,10 @@ class AdapterLayer(nn.Module):
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
+    def training_state(self) -> dict[str, Tensor]:
+        """What a run goes on with besides parameters, by names of the layer's own: restored in place."""
+        return {}
+
 
 class LoraLayer(AdapterLayer):
     """`base_layer` plus scaling · (a product of rank r); all that is trained is float32.

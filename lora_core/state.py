@@ -18,6 +18,7 @@ from lora_core.checkpoint import (
 )
 from lora_core.errors import BadCheckpoint, BadHeader, CheckpointMismatch
 from lora_core.header import BASE_HEADER_BYTES, encode_header, header_length, parse_header
+from lora_core.inject import adapter_layers
 from lora_core.shards import HashingWriter, staged_directory
 from lora_core.trainable import trained_parameters
 
@@ -31,6 +32,7 @@ class TrainState:
     """A run after `step` optimizer steps; `tensors` lie in main memory and share nothing with the run.
 
     Per trained parameter `lora.<name>`, its moments `exp_avg.…` and `exp_avg_sq.…`, and `updates.…`, AdamW's count;
+    `layer.<path>.…`, what variants of LoRA go on with;
     `rng.cpu` and, on CUDA, `rng.cuda`. The order of the data needs no state: it follows from seed, epoch and step.
     """
 
@@ -50,6 +52,7 @@ def capture_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         found[f"exp_avg.{name}"] = kept["exp_avg"]
         found[f"exp_avg_sq.{name}"] = kept["exp_avg_sq"]
         found[f"updates.{name}"] = kept["step"].reshape(1)
+    found |= _layer_state(model)
     found["rng.cpu"] = torch.get_rng_state()
     device = _device(model)
     if device.type == "cuda":
@@ -63,6 +66,7 @@ def restore_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: 
     factors = trained_parameters(model)
     wanted = {f"{kind}.{name}": f.shape for name, f in factors.items() for kind in ("lora", "exp_avg", "exp_avg_sq")}
     wanted |= {f"updates.{name}": torch.Size([1]) for name in factors}
+    wanted |= {name: tensor.shape for name, tensor in _layer_state(model).items()}
     given = {name: tensor.shape for name, tensor in tensors.items() if name not in _RNG}
     if wanted != given or "rng.cpu" not in tensors:
         name = next(iter(sorted(wanted.items() ^ given.items())), ("rng.cpu",))[0]
@@ -75,6 +79,8 @@ def restore_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: 
             "exp_avg": torch.zeros_like(factor).copy_(tensors[f"exp_avg.{name}"]),
             "exp_avg_sq": torch.zeros_like(factor).copy_(tensors[f"exp_avg_sq.{name}"]),
         }
+    for name, tensor in _layer_state(model).items():
+        tensor.copy_(tensors[name])
     torch.set_rng_state(tensors["rng.cpu"])
     device = _device(model)
     if device.type == "cuda" and "rng.cuda" in tensors:
@@ -138,6 +144,11 @@ def _tensors(content: bytearray) -> dict[str, Tensor]:
         )
         found[info.name] = piece.clone().view(dtype).reshape(info.shape)
     return found
+
+
+def _layer_state(model: nn.Module) -> dict[str, Tensor]:
+    layers = adapter_layers(model).items()
+    return {f"layer.{path}.{name}": value for path, layer in layers for name, value in layer.training_state().items()}
 
 
 def _device(model: nn.Module) -> torch.device:
