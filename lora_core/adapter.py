@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from lora_core.adapter_names import PREFIX
 from lora_core.config import LoraConfig, match_targets
 from lora_core.errors import BadAdapter, KeyMismatch, ShapeMismatch
-from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter, read_adapter_header, read_factor
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
 from lora_core.header import encode_header
-from lora_core.inject import adapter_layers, eject, inject, lora_layers
+from lora_core.inject import adapter_layers, lora_layers, make_layers, put_in
 from lora_core.layer import AdapterLayer
 from lora_core.layers import LoraConv1D
-from lora_core.shards import ByteReader
 from lora_core.targets import PRESETS, matches, saved_module
+from lora_core.tensors import read_tensors
 from lora_core.variants import as_saved
 
 _COPY_OF_BASE = ".base_layer.weight"
@@ -54,9 +54,11 @@ def export_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     every = sorted({path.replace(".base_layer", "") for path, _ in model.named_modules() if path})
     if config.target_modules in PRESETS:
         config = replace(config, target_modules=_spelt_out(config, list(layers), every))
-    own = [path for path in every if any(matches(path, name) for name in config.modules_to_save)]
-    if any(saved_module(path, config.modules_to_save) not in (*own, None) for path in every):
-        config = replace(config, modules_to_save=tuple(own))
+    found = [name for name in config.saved_names() if any(matches(path, name) for path in every)]
+    whole = [path for path in every if any(matches(path, name) for name in found)]
+    if any(saved_module(path, found) not in (*whole, None) for path in every):
+        found = whole
+    config = replace(config, modules_to_save=tuple(found))
     return replace(config, fan_in_fan_out=all(isinstance(layer, LoraConv1D) for layer in layers.values()))
 
 
@@ -66,33 +68,43 @@ def load_adapter(model: nn.Module, directory: Path) -> LoraConfig:
     Unknown, missing or misshapen tensors, NaN, and an adapter that changes nothing are errors; the model is then
     as it was.
     """
-    config = check_adapter(directory).config
-    inject(model, config, seed=0)
-    try:
-        _fill(adapter_layers(model), directory)
-    except Exception:
-        eject(model)
-        raise
+    config, layers = read_layers(model, directory)
+    put_in(model, layers)
     return config
 
 
-def _fill(layers: Mapping[str, AdapterLayer], directory: Path) -> None:
+def read_layers(model: nn.Module, directory: Path) -> tuple[LoraConfig, dict[str, AdapterLayer]]:
+    """Path → the layer that does in `model` what the adapter in `directory` does there; none is put in.
+
+    The file is read once, and its float32 factors are used where they lie.
+    """
+    form = inspect_adapter(directory)
+    tensors = read_tensors(directory / WEIGHTS_FILE, form.header)
+    form.check_learned(lambda name: not tensors[name].any())
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        layers = make_layers(model, form.facts.config, seed=None)
+        _fill(layers, tensors)
+    except Exception:
+        for parameter in trainable:
+            parameter.requires_grad = True
+        raise
+    return form.facts.config, layers
+
+
+def _fill(layers: Mapping[str, AdapterLayer], tensors: Mapping[str, Tensor]) -> None:
     """Every tensor of the file into the layer that it is named after, and none left over."""
-    header = read_adapter_header(directory)
-    infos = {tensor.name.replace("magnitude_vector.weight", "magnitude_vector"): tensor for tensor in header.tensors}
-    wanted = {f"{PREFIX}{path}.{name}": path for path, layer in layers.items() for name in layer.adapter_tensors()}
-    if missing := sorted(wanted.keys() - infos.keys()):
-        raise KeyMismatch(f"the file has no tensor {missing[0]}", missing=missing)
-    with ByteReader(directory / WEIGHTS_FILE) as reader:
-        read = {name: torch.from_numpy(read_factor(reader, header, info)) for name, info in infos.items()}
-    for name in sorted(infos.keys() - wanted.keys()):
+    left = {name.replace("magnitude_vector.weight", "magnitude_vector"): tensor for name, tensor in tensors.items()}
+    for path, layer in layers.items():
+        names = {f"{PREFIX}{path}.{name}": name for name in layer.adapter_tensors()}
+        if missing := sorted(names.keys() - left.keys()):
+            raise KeyMismatch(f"the file has no tensor {missing[0]}", missing=missing)
+        layer.load_tensors({short: left.pop(name) for name, short in names.items()})
+    for name, tensor in sorted(left.items()):
         path = name.removeprefix(PREFIX).removesuffix(_COPY_OF_BASE)
         if path not in layers or not name.endswith(_COPY_OF_BASE):
             raise KeyMismatch(f"{name} has no place in the base model as the config adapts it", missing=[name])
-        _compare(name, read[name], layers[path].base_layer.weight)
-    for path, layer in layers.items():
-        own = [name for name, other in wanted.items() if other == path]
-        layer.load_tensors({name.removeprefix(f"{PREFIX}{path}."): read[name] for name in own})
+        _compare(name, tensor, layers[path].base_layer.weight)
 
 
 def _compare(name: str, copy: Tensor, weight: Tensor) -> None:

@@ -50,6 +50,12 @@ class DigestMismatch(LoraError):
     code = "digest_mismatch"
 
 
+class NotFaithful(LoraError):
+    """A merged model is not what its base and adapter are together."""
+
+    code = "merge_not_faithful"
+
+
 class KeyMismatch(LoraError):
     """Tensor names of an adapter and of a base model do not fit one to one."""
 
@@ -66,6 +72,12 @@ class DifferentBases(LoraError):
     """Adapters of different base models were to be made one."""
 
     code = "different_bases"
+
+
+class UnknownAdapter(LoraError):
+    """No adapter of this name is loaded."""
+
+    code = "unknown_adapter"
 
 
 class NonFinite(LoraError):

@@ -1,6 +1,6 @@
 """The check an adapter folder passes before it is published or merged. Reads two files; needs no torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -56,12 +56,40 @@ def read_factor(reader: ByteReader, header: Header, tensor: TensorInfo) -> Array
     return values.reshape(tensor.shape)
 
 
+@dataclass(frozen=True)
+class AdapterForm:
+    """What config and header alone tell. `products` are the names of the factors of each module, `copies` tensors of
+    the base's own."""
+
+    facts: AdapterFacts
+    header: Header
+    products: Sequence[Sequence[str]]
+    copies: frozenset[str]
+
+    def check_learned(self, is_zero: Callable[[str], bool]) -> None:
+        """BadAdapter if each product has a factor of zeros, and nothing else is there that may change the base."""
+        if any(not any(map(is_zero, names)) for names in self.products):
+            return
+        no_change = {name for names in self.products for name in names} | self.copies
+        if all(tensor.name in no_change or is_zero(tensor.name) for tensor in self.header.tensors):
+            raise BadAdapter("every lora_B is zero, or all that it is multiplied by: this adapter changes nothing")
+
+
 def check_adapter(directory: Path) -> AdapterFacts:
     """Read all of the adapter in `directory` and refuse what PEFT, vLLM or a merge could not use.
 
     Every tensor belongs to the configuration and is whole; beyond form, all numbers are finite, and something was
     learned: not every product is zero, or there is more than products.
     """
+    form = inspect_adapter(directory)
+    with ByteReader(directory / WEIGHTS_FILE) as reader:
+        zero = {tensor.name for tensor in form.header.tensors if not read_factor(reader, form.header, tensor).any()}
+    form.check_learned(zero.__contains__)
+    return form.facts
+
+
+def inspect_adapter(directory: Path) -> AdapterForm:
+    """`check_adapter` without a look at the numbers: that every tensor belongs to the configuration and is whole."""
     data = read_config_bytes(directory)
     wide = AdapterConfig.from_json(data)
     header = read_adapter_header(directory)
@@ -74,12 +102,15 @@ def check_adapter(directory: Path) -> AdapterFacts:
             token_indices(module.path, new_rows, wide)
     config = _as_names(config, modules, wide)
     _check_targets(config, [name for name, module in adapted.items() if not targeted_parameters(module.path, wide)])
-    copies = [*_copies_of_the_base(modules, wide)]
+    for tensor in header.tensors:
+        # AdaLoRA prunes modules to nothing; else sharded training saves what it failed to gather
+        if 0 in tensor.shape and not wide.init_r:
+            raise ShapeMismatch(f"{tensor.name} has shape {list(tensor.shape)}: it is empty")
+    copies = frozenset(tensor.name for tensor in _copies_of_the_base(modules, wide))
     products = [[factor.name for factor in found.factors] for found in factors.values()]
-    _check_numbers(directory, header, products, copies, wide)
-    count = sum(prod(tensor.shape) for tensor in header.tensors if tensor not in copies)
-    sizes = {name: _sizes(found) for name, found in factors.items()}
-    return AdapterFacts(config, sizes, count)
+    count = sum(prod(tensor.shape) for tensor in header.tensors if tensor.name not in copies)
+    facts = AdapterFacts(config, {name: _sizes(found) for name, found in factors.items()}, count)
+    return AdapterForm(facts, header, products, copies)
 
 
 def _name(module: AdaptedModule) -> str:
@@ -138,23 +169,6 @@ def _copies_of_the_base(modules: Iterable[AdaptedModule], config: AdapterConfig)
     for module in modules:
         yield from (tensor for name, tensor in module.saved_base.items() if name == "weight")
         yield from (tensor for name, tensor in module.saved.items() if not is_announced(module.path, name, config))
-
-
-def _check_numbers(
-    directory: Path, header: Header, products: list[list[str]], copies: Iterable[TensorInfo], config: AdapterConfig
-) -> None:
-    """All are finite. Some product of factors is not zero, or something else is there that may change the base."""
-    no_change = {name for names in products for name in names} | {tensor.name for tensor in copies}
-    not_zero = set()
-    with ByteReader(directory / WEIGHTS_FILE) as reader:
-        for tensor in header.tensors:
-            # AdaLoRA prunes modules to nothing; else sharded training saves what it failed to gather
-            if 0 in tensor.shape and not config.init_r:
-                raise ShapeMismatch(f"{tensor.name} has shape {list(tensor.shape)}: it is empty")
-            if read_factor(reader, header, tensor).any():
-                not_zero.add(tensor.name)
-    if not_zero <= no_change and not any(not_zero.issuperset(names) for names in products):
-        raise BadAdapter("every lora_B is zero, or all that it is multiplied by: this adapter changes nothing")
 
 
 def _file(directory: Path, name: str) -> Path:

@@ -37,15 +37,19 @@ def inject(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     UnknownTargetModules if a name matches nothing; BadConfig if the model cannot be adapted as asked. Nothing is
     changed then.
     """
-    if adapter_layers(model):
-        raise BadConfig("the model has adapted layers already; eject them first")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        layers = _make_layers(model, config, seed)
+        layers = make_layers(model, config, seed)
     except Exception:
         for parameter in trainable:
             parameter.requires_grad = True
         raise
+    put_in(model, layers)
+    return sorted(path for path, layer in layers.items() if isinstance(layer, LoraLayer))
+
+
+def put_in(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Freeze `model` but for what the layers train, and put them where they belong."""
     trained = [parameter for layer in layers.values() for parameter in _own_parameters(layer)]
     model.requires_grad_(requires_grad=False)
     for path, layer in layers.items():
@@ -53,7 +57,35 @@ def inject(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
         layer.train(model.training)
     for parameter in trained:
         parameter.requires_grad = True
-    return sorted(path for path, layer in layers.items() if isinstance(layer, LoraLayer))
+
+
+def make_layers(model: nn.Module, config: LoraConfig, seed: int | None) -> dict[str, AdapterLayer]:
+    """Path → the layer to put there, its base module frozen. Without a `seed` factors have no numbers yet."""
+    if adapter_layers(model):
+        raise BadConfig("the model has adapted layers already; eject them first")
+    if config.target_parameters:
+        raise BadConfig("target_parameters is set, and no layer here does that yet")
+    modules: dict[str, Any] = dict(model.named_modules())
+    layers: dict[str, AdapterLayer] = {}
+    for path in _targeted(model, modules, config):
+        kind = layer_class(modules[path], kinds_for(config))
+        if kind is None:
+            raise BadConfig(f"{path}, a {type(modules[path]).__name__}, is adapted by LoRA, but not by this variant")
+        layers[path] = kind.from_config(modules[path], path, config, seed)
+    if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
+        raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")
+    for path in _saved(modules, config):
+        layers[path] = SavedModule(modules[path], path=path)
+    for path, layer in _token_layers(model, modules, config).items():
+        if path in layers:
+            raise BadConfig(f"trainable_token_indices names {path}, which is adapted or saved whole already")
+        layers[path] = layer
+    if config.bias == "all":
+        for path, module in modules.items():
+            taken = any(path == other or path.startswith(f"{other}.") for other in layers)
+            if module._parameters.get("bias") is not None and not taken:
+                layers[path] = TrainedBias(module, path=path)
+    return layers
 
 
 def eject(model: nn.Module) -> None:
@@ -88,33 +120,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """lora_A and lora_B of every LoRA layer, in the order of paths."""
     return [factor for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)]
-
-
-def _make_layers(model: nn.Module, config: LoraConfig, seed: int) -> dict[str, AdapterLayer]:
-    """Path → the layer to put there."""
-    if config.target_parameters:
-        raise BadConfig("target_parameters is set, and no layer here does that yet")
-    modules: dict[str, Any] = dict(model.named_modules())
-    layers: dict[str, AdapterLayer] = {}
-    for path in _targeted(model, modules, config):
-        kind = layer_class(modules[path], kinds_for(config))
-        if kind is None:
-            raise BadConfig(f"{path}, a {type(modules[path]).__name__}, is adapted by LoRA, but not by this variant")
-        layers[path] = kind.from_config(modules[path], path, config, seed)
-    if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
-        raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")
-    for path in _saved(modules, config):
-        layers[path] = SavedModule(modules[path], path=path)
-    for path, layer in _token_layers(model, modules, config).items():
-        if path in layers:
-            raise BadConfig(f"trainable_token_indices names {path}, which is adapted or saved whole already")
-        layers[path] = layer
-    if config.bias == "all":
-        for path, module in modules.items():
-            taken = any(path == other or path.startswith(f"{other}.") for other in layers)
-            if module._parameters.get("bias") is not None and not taken:
-                layers[path] = TrainedBias(module, path=path)
-    return layers
 
 
 def _targeted(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -44,7 +44,10 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the numbers of `tensors`, named like `adapter_tensors`. Nothing changes if one does not fit."""
+        """Take the numbers of `tensors`, named like `adapter_tensors`. Nothing changes if one does not fit.
+
+        A factor without numbers yet becomes the given tensor itself where that is float32 on the base's device.
+        """
         own = self.adapter_tensors()
         if wrong := sorted(own.keys() ^ tensors.keys()):
             problem = "is missing" if wrong[0] in own else "has no place in this layer"
@@ -54,7 +57,11 @@ class AdapterLayer(nn.Module):
                 wanted = list(own[name].shape)
                 raise ShapeMismatch(f"{self.path}.{name} has shape {list(tensor.shape)}, not {wanted}")
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            if own[name].is_meta:
+                given = tensor.to(self.base_layer.weight.device, torch.float32)
+                setattr(self, self.TENSORS[name], nn.Parameter(given))
+            else:
+                own[name].copy_(tensor)
 
     def training_state(self) -> dict[str, Tensor]:
         """What a run goes on with besides parameters, by names of the layer's own: restored in place."""
@@ -65,8 +72,8 @@ class LoraLayer(AdapterLayer):
     """`base_layer` plus scaling · (a product of rank r); all that is trained is float32.
 
     `path` is the module's name in the model: with `seed` it alone decides the start of the factors, whatever else
-    the model holds. `trained_bias` takes the place of the base's bias, `lora_B_bias` is part of what is scaled and
-    added; each is None unless asked for.
+    the model holds; without a seed they have no numbers until `load_tensors` brings them. `trained_bias` takes the
+    place of the base's bias, `lora_B_bias` is part of what is scaled and added; each is None unless asked for.
     """
 
     TENSORS: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -83,7 +90,7 @@ class LoraLayer(AdapterLayer):
         r: int,
         scaling: float,
         lora_dropout: float = 0.0,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__(base_layer, path=path)
         self.r = r
@@ -94,7 +101,7 @@ class LoraLayer(AdapterLayer):
         self.register_parameter("lora_B_bias", None)
 
     @classmethod
-    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int) -> Self:
+    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int | None) -> Self:
         """The layer that `config` asks for in the place `path`. BadConfig if this kind of module cannot be that."""
         layer = cls(
             base_layer,
@@ -140,21 +147,21 @@ class LoraLayer(AdapterLayer):
         if gaussian:
             return self.start_normal(shape, 1 / self.r)
         bound = 1 / math.sqrt(fan_in)  # what kaiming_uniform_ with a = √5 comes to
-        factor = torch.empty(shape, dtype=torch.float32)
-        return self._beside_base(factor.uniform_(-bound, bound, generator=self._generator()))
+        return self._factor(shape, lambda factor: factor.uniform_(-bound, bound, generator=self._generator()))
 
     def start_normal(self, shape: tuple[int, ...], deviation: float) -> nn.Parameter:
         """A factor that starts normal."""
-        factor = torch.empty(shape, dtype=torch.float32)
-        return self._beside_base(factor.normal_(0.0, deviation, generator=self._generator()))
+        return self._factor(shape, lambda factor: factor.normal_(0.0, deviation, generator=self._generator()))
 
     def zeros(self, *shape: int) -> nn.Parameter:
         """A factor that starts at zero, beside the base's weight."""
-        return self._beside_base(torch.zeros(shape, dtype=torch.float32))
+        return self._factor(shape, Tensor.zero_)
+
+    def _factor(self, shape: tuple[int, ...], fill: Callable[[Tensor], Tensor]) -> nn.Parameter:
+        if self.seed is None:
+            return nn.Parameter(torch.empty(shape, device="meta"))
+        return nn.Parameter(fill(torch.empty(shape, dtype=torch.float32)).to(self.base_layer.weight.device))
 
     def _generator(self) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}:{self.path}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-    def _beside_base(self, factor: Tensor) -> nn.Parameter:
-        return nn.Parameter(factor.to(self.base_layer.weight.device))
