@@ -101,7 +101,8 @@ def inspect_adapter(directory: Path) -> AdapterForm:
         if new_rows := module.roles.get("new_rows"):
             token_indices(module.path, new_rows, wide)
     config = _as_names(config, modules, wide)
-    _check_targets(config, [name for name, module in adapted.items() if not targeted_parameters(module.path, wide)])
+    named = [name for name, module in adapted.items() if not targeted_parameters(module.path, wide)]
+    _check_targets(config, named, wide)
     for tensor in header.tensors:
         # AdaLoRA prunes modules to nothing; else sharded training saves what it failed to gather
         if 0 in tensor.shape and not wide.init_r:
@@ -149,7 +150,7 @@ def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule], wide: Adapte
     return replace(config, modules_to_save=(*config.modules_to_save, *saved)) if saved else config
 
 
-def _check_targets(config: LoraConfig, paths: Iterable[str]) -> None:
+def _check_targets(config: LoraConfig, paths: Iterable[str], wide: AdapterConfig) -> None:
     """Each module with factors is a target, and no target lacks factors, but for those that the config excludes."""
     paths = sorted(paths)
     if isinstance(config.target_modules, str):
@@ -158,10 +159,8 @@ def _check_targets(config: LoraConfig, paths: Iterable[str]) -> None:
         if not any(matches(path, target) for target in config.target_modules):
             raise KeyMismatch(f"{path} has tensors but is not in target_modules")
     found = {end for path in paths for end in ends(path)}
-    spared = (*config.exclude_modules, *config.saved_names())
     for target in config.target_modules:
-        may_lack = config.layers_to_transform or any(matches(target, n) or matches(n, target) for n in spared)
-        if target not in found and not may_lack:
+        if target not in found and not wide.may_lack(target):
             raise KeyMismatch(f"target_modules names {target}, of which the file has no tensor")
 
 

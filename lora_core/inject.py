@@ -139,8 +139,9 @@ def _targeted(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraCo
 def _saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
     """Paths of the modules to train whole, of those within each other the outer."""
     found = [path for path in modules if any(matches(path, name) for name in config.saved_names())]
+    either = CLASSIFIER_HEADS if config.task_type == "SEQ_CLS" else ()  # PEFT names both, and a model has one
     for name in config.modules_to_save:
-        if name not in CLASSIFIER_HEADS and not any(matches(path, name) for path in found):
+        if name not in either and not any(matches(path, name) for path in found):
             available = sorted({path.rpartition(".")[2] for path in modules if path})
             raise UnknownTargetModules(
                 f"modules_to_save names {name}, which the base model has not", unknown=[name], available=available

@@ -11,7 +11,7 @@ from typing import Any, Self
 from lora_core import strict_json
 from lora_core.config import MAX_CONFIG_BYTES, MAX_RANK, scaling
 from lora_core.errors import BadConfig
-from lora_core.targets import lookup
+from lora_core.targets import lookup, matches
 
 # Initialisations that subtract something from the base: their factors fit that changed base, and no other.
 _CHANGE_THE_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
@@ -30,15 +30,15 @@ _NOT_A_MATRIX = {
 _WITHOUT_EFFECT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-        *("corda_config", "eva_config", "exclude_modules", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("corda_config", "eva_config", "layers_pattern", "layers_to_transform", "loftq_config"),
         *("lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size", "velora_config"),
         *("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
     }
 )
 _USED = frozenset(
     {
-        *("alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights", "init_r"),
-        *("lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules"),
+        *("alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "init_lora_weights"),
+        *("init_r", "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules"),
         *("target_parameters", "trainable_token_indices", "use_dora", "use_rslora"),
     }
 )
@@ -71,6 +71,8 @@ class AdapterConfig:
     lora_bias: bool = False
     fan_in_fan_out: bool = False
     ensure_weight_tying: bool = False
+    # names of modules that are not adapted although they are targets; None where the config tells it otherwise
+    exclude_modules: tuple[str, ...] | None = ()
     peft_version: tuple[int, int, int] = (0, 0, 0)
 
     def rank_for(self, path: str) -> int | None:
@@ -84,6 +86,12 @@ class AdapterConfig:
             return self.lora_alpha / (self.init_r + 1e-5)
         r = lookup(self.rank_pattern, path, self.r)
         return scaling(alpha, r, use_rslora=self.use_rslora)
+
+    def may_lack(self, target: str) -> bool:
+        """Whether all modules of this name in `target_modules` may be without factors: excluded, or saved whole."""
+        if self.exclude_modules is None:
+            return True
+        return any(matches(target, n) or matches(n, target) for n in (*self.exclude_modules, *self.modules_to_save))
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
@@ -104,6 +112,7 @@ class AdapterConfig:
             trainable_token_indices=dict(_tokens(document.get("trainable_token_indices"))),
             bias=document.get("bias", "none"),
             init_r=int(init_r) if init_r else None,
+            exclude_modules=_excluded(document),
             peft_version=_version(document.get("peft_version")),
             **{name: bool(document.get(name)) for name in _FLAGS},
         )
@@ -173,6 +182,13 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     if bad := [item for item in value if not isinstance(item, str) or not _PATH.fullmatch(item)]:
         raise BadConfig(f"{name} holds {str(bad[0])[:80]!r}, which is not a dotted name")
     return tuple(sorted(set(value)))
+
+
+def _excluded(document: Mapping[str, Any]) -> tuple[str, ...] | None:
+    excluded = document.get("exclude_modules")
+    if isinstance(excluded, str) or document.get("layers_to_transform") is not None:
+        return None
+    return _names("exclude_modules", excluded)
 
 
 def _tokens(value: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

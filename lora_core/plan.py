@@ -115,7 +115,7 @@ def _check_targets(modules: list[AdaptedModule], config: AdapterConfig, tensors:
         tied = config.ensure_weight_tying and path.rpartition(".")[2] in OUTPUT_LAYERS
         if not tied and names.isdisjoint(ends(path)):
             raise KeyMismatch(f"{path} has tensors but is not in target_modules")
-    unused = set(config.target_modules).difference(*map(ends, paths))
+    unused = {name for name in config.target_modules if not config.may_lack(name)}.difference(*map(ends, paths))
     if lacking := sorted(unused.intersection(end for name in tensors for end in ends(name.rpartition(".")[0]))):
         raise KeyMismatch(f"target_modules names {lacking[0]}, of which the file has no tensor")
 
