@@ -37,6 +37,14 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(default=Path("cache"), description="Verified base models, kept between jobs")
     queues: str = Field(default="default", description="Comma-separated queues this worker serves")
     slots: int = Field(default=1, ge=1, le=64, description="Jobs that one worker runs at a time")
+    warm_bytes: int = Field(
+        default=16 * 2**30,
+        ge=0,
+        description="What idle training processes of a worker may hold in memory together, base models included",
+    )
+    warm_seconds: float = Field(
+        default=600.0, gt=0, description="How long a training process waits for another job on its base model"
+    )
     heartbeat_seconds: float = Field(default=15.0, gt=0, description="How often a lease is extended")
     lease_seconds: float = Field(default=90.0, gt=0, description="Silence after which a worker counts as dead")
     reaper_seconds: float = Field(default=15.0, gt=0, description="How often expired leases are collected")

@@ -1,7 +1,7 @@
-"""`python -m worker.child WORKSPACE`: does the task in the workspace and tells the supervisor about it.
+"""`python -m worker.child`: does the tasks in the workspaces that stdin names, and tells the supervisor about them.
 
-stdin is a life line: when it ends, the supervisor is dead and so is this process. stdout carries messages and nothing
-else: whatever a library prints goes to the log."""
+stdin is a life line, too: when it ends, the supervisor is dead and so is this process. stdout carries messages and
+nothing else: whatever a library prints goes to the log."""
 
 import errno
 import os
@@ -9,12 +9,18 @@ import signal
 import sys
 import threading
 import traceback
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from lora_core.errors import LoraError
-from worker.protocol import EXIT_STOPPED, ErrorClass, ErrorMessage, ResultMessage
+from worker.protocol import EXIT_STOPPED, ErrorClass, ErrorMessage
 from worker.reporter import Reporter, Stopped
 from worker.task import TrainTask, read_task
+
+if TYPE_CHECKING:
+    from worker.kept_base import KeptBase
 
 EXIT_FAILED = 1
 
@@ -33,14 +39,16 @@ USER_CODES = frozenset(
 )
 
 
-def main(workspace: Path) -> int:
-    """The exit code: 0 with a result, EXIT_STOPPED when asked to stop, EXIT_FAILED with an error message."""
+def main() -> int:
+    """The exit code: 0 after a result, EXIT_STOPPED when asked to stop, EXIT_FAILED with an error message."""
     reporter = Reporter(take_stdout())
-    threading.Thread(target=die_with_supervisor, name="life-line", daemon=True).start()
+    workspaces: SimpleQueue[Path] = SimpleQueue()
+    threading.Thread(target=follow_supervisor, args=(workspaces,), name="life-line", daemon=True).start()
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stop(reporter, drain=False))
     signal.signal(signal.SIGUSR1, lambda _signal, _frame: stop(reporter, drain=True))
     try:
-        reporter.write(do_task(workspace, reporter))
+        while do_task(workspaces.get(), reporter):
+            pass
     except Stopped:
         return EXIT_STOPPED
     except Exception as error:
@@ -50,15 +58,35 @@ def main(workspace: Path) -> int:
     return 0
 
 
-def do_task(workspace: Path, reporter: Reporter) -> ResultMessage:
+def do_task(workspace: Path, reporter: Reporter) -> bool:
+    """Do the task and tell the result; whether this process is fit for another."""
     task = read_task(workspace)
     if isinstance(task, TrainTask):
         from worker.train_child import train_adapter
 
-        return train_adapter(task, workspace, reporter)
+        reporter.write(train_adapter(task, workspace, reporter, kept_base()))
+        return task.stay and not has_children() and kept_base().offer(reporter)
     from worker.merge_child import merge_adapter
 
-    return merge_adapter(task, workspace, reporter)
+    reporter.write(merge_adapter(task, workspace, reporter))
+    return False
+
+
+@cache
+def kept_base() -> "KeptBase":
+    """That of this process. Made late, as it needs torch."""
+    from worker.kept_base import KeptBase
+
+    return KeptBase()
+
+
+def has_children() -> bool:
+    """Whether a process that this one started is still there."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def take_stdout() -> int:
@@ -68,9 +96,10 @@ def take_stdout() -> int:
     return private
 
 
-def die_with_supervisor() -> None:
-    while os.read(0, 4096):
-        pass
+def follow_supervisor(workspaces: "SimpleQueue[Path]") -> None:
+    with os.fdopen(0, "rb", closefd=False) as lines:
+        for line in lines:
+            workspaces.put(Path(os.fsdecode(line.rstrip(b"\n"))))
     os._exit(EXIT_STOPPED)
 
 
@@ -102,4 +131,4 @@ def class_of(error: LoraError) -> ErrorClass:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from registry.db import SessionFactory
 from registry.storage import ObjectStore
 from worker.base_cache import BaseCache
+from worker.warm import WarmPool
 from worker.workspace import WorkDir
 
 
@@ -19,6 +20,7 @@ class Host:
     store: ObjectStore
     work: WorkDir
     cache: BaseCache
+    warm: WarmPool
     lease_seconds: float
     heartbeat_seconds: float
     max_infra_failures: int

@@ -14,6 +14,7 @@ from registry.jobs.placement import note_worker
 from registry.storage import ObjectStore
 from registry.webhooks.deliveries import deliver_due
 from worker.outages import Outage
+from worker.warm import WarmPool
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,11 @@ def make_presence(sessions: SessionFactory, *, name: str, queues: Sequence[str],
             note_worker(session, name=name, queues=queues, slots=slots)
 
     return Chore("presence", note, seconds=seconds, longest_seconds=seconds)
+
+
+def make_evictor(warm: WarmPool, *, seconds: float) -> Chore:
+    """Ends training processes that waited too long for another task."""
+    return Chore("evictor", warm.evict, seconds=seconds, longest_seconds=seconds)
 
 
 def make_messenger(sessions: SessionFactory, *, pepper: bytes, allow_lan: bool, seconds: float) -> Chore:

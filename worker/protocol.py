@@ -87,8 +87,15 @@ class ErrorMessage(Message):
     message: Text
 
 
+class ReadyMessage(Message):
+    """The task is over, its base is proved to be unchanged, and the process would do another task on it."""
+
+    type: Literal["ready"] = "ready"
+    resident_bytes: Count
+
+
 CheckpointNews = CheckpointMessage | ResumedMessage
-AnyMessage = PhaseMessage | StepMessage | NoteMessage | CheckpointNews | ResultMessage | ErrorMessage
+AnyMessage = PhaseMessage | StepMessage | NoteMessage | CheckpointNews | ResultMessage | ErrorMessage | ReadyMessage
 _PARSER: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="type")])
 
 

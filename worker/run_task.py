@@ -8,9 +8,11 @@ from worker.attempt import Attempt
 from worker.child_env import child_env
 from worker.errors import JobFailed
 from worker.host import Host
+from worker.process import Child
 from worker.protocol import CheckpointNews, ResultMessage
 from worker.supervisor import Ending, result_of, run_child
-from worker.task import Task, write_task
+from worker.task import Task, TrainTask, write_task
+from worker.warm import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +29,38 @@ def run_task(
     """The child's result. Raises why the attempt was stopped, or JobFailed with the class of the child's failure."""
     attempt.check()
     write_task(workspace, task)
-    ending = run_child(
-        [*host.child_argv, str(workspace)],
-        env=child_env(workspace, threads=host.threads),
-        directory=workspace,
-        attempt=attempt,
-        grace_seconds=host.grace_seconds,
-        on_checkpoint=on_checkpoint,
-    )
+
+    def run(child: Child) -> Ending:
+        grace = host.grace_seconds
+        return run_child(child, workspace, attempt=attempt, grace_seconds=grace, on_checkpoint=on_checkpoint)
+
+    if isinstance(task, TrainTask):
+        return _run_warm(host, attempt, Warmth(attempt.tenant_id, base_digest), run)
+    child = start_child(host)
+    try:
+        return _judge(host, attempt, run(child), base_digest)
+    finally:
+        child.end()
+
+
+def start_child(host: Host) -> Child:
+    """A new process with a home of its own."""
+    home = host.work.make_home()
+    return Child(host.child_argv, env=child_env(home, threads=host.threads), directory=home)
+
+
+def _run_warm(host: Host, attempt: Attempt, warmth: Warmth, run: Callable[[Child], Ending]) -> ResultMessage:
+    """In a process that has the base in memory, if there is one."""
+    while True:
+        with host.warm.borrow(warmth, lambda: start_child(host)) as child:
+            ending = run(child)
+            died_waiting = child.tasks > 1 and ending.returncode is not None and not ending.heard
+            if not died_waiting or attempt.reason:
+                return _judge(host, attempt, ending, warmth.base_digest)
+        log.info("%s: child %d had died while it waited", attempt, child.pid)
+
+
+def _judge(host: Host, attempt: Attempt, ending: Ending, base_digest: str) -> ResultMessage:
     attempt.check()
     try:
         return result_of(ending)

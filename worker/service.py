@@ -15,12 +15,22 @@ from registry.storage import ObjectStore
 from registry.storage.open import make_store
 from worker.base_cache import BaseCache
 from worker.host import Host
-from worker.housekeeping import Chore, make_collector, make_messenger, make_presence, make_reaper, make_relay
+from worker.housekeeping import (
+    Chore,
+    make_collector,
+    make_evictor,
+    make_messenger,
+    make_presence,
+    make_reaper,
+    make_relay,
+)
 from worker.runner import Runner
+from worker.warm import WarmPool
 from worker.workspace import WorkDir
 
 # -P keeps the working directory, which holds files of tenants, off the import path.
 CHILD_ARGV = (sys.executable, "-P", "-m", "worker.child")
+EVICT_SECONDS = 5.0
 GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 log = logging.getLogger(__name__)
@@ -50,6 +60,7 @@ class Service:
             chore.stop()
         if not self.runner.join(seconds):
             log.warning("worker %s stops before its jobs could be given back", self.host.name)
+        self.host.warm.close()
         self.host.work.close()
 
 
@@ -65,6 +76,7 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
         store=store,
         work=WorkDir(settings.work_dir, name.replace(":", "-")),
         cache=BaseCache(settings.cache_dir.resolve() / "base", store),
+        warm=WarmPool(slots=settings.slots, max_bytes=settings.warm_bytes, idle_seconds=settings.warm_seconds),
         lease_seconds=settings.lease_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
         max_infra_failures=settings.max_infra_failures,
@@ -89,6 +101,7 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
             allow_lan=settings.webhook_allow_lan,
             seconds=settings.relay_seconds,
         ),
+        make_evictor(host.warm, seconds=EVICT_SECONDS),
         make_presence(sessions, name=name, queues=queues, slots=settings.slots, seconds=settings.reaper_seconds),
     )
     return Service(host, Runner(host, queues=queues, slots=settings.slots, poll_seconds=settings.poll_seconds), chores)

@@ -28,6 +28,7 @@ class TrainTask(BaseModel):
     resume_from: Path | None  # a folder with a checkpoint of this job
     checkpoint_seconds: float
     threads: int
+    stay: bool = False  # keep the base afterwards, for another task
 
 
 class MergeTask(BaseModel):

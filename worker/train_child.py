@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from lora_core.adapter import save_adapter
 from lora_core.config import LoraConfig
 from lora_core.data import Dataset, tokenize_rows
+from lora_core.dpo import DPO, tokenize_preferences
 from lora_core.errors import BadConfig, DatasetError
 from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import inject, lora_layers
 from lora_core.model import load_base
 from lora_core.rows import read_rows
+from lora_core.task import default_task
 from lora_core.train import StepReport, TrainConfig, TrainResult, train
 from registry.jobs.spec import TrainSpec
+from worker.kept_base import KeptBase
 from worker.protocol import ResultMessage, StepMessage
 from worker.recipe_child import write_recipe
 from worker.reporter import Reporter, Stopped
@@ -25,21 +29,25 @@ from worker.saver import Saver, find_state
 from worker.task import CHECKPOINTS, OUT, TrainTask
 
 
-def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter) -> ResultMessage:
-    """Train on the task's rows and write the adapter to `out/`."""
+def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: KeptBase | None = None) -> ResultMessage:
+    """Train on the task's rows and write the adapter to `out/`. What this process did before changes no bit of it."""
     torch.set_num_threads(task.threads)
+    torch.manual_seed(0)
     reporter.phase("loading")
-    model, tokenizer = load_base(task.base_dir)
+    model, tokenizer = (kept or KeptBase()).get(task.base_digest, lambda: load_base(task.base_dir))
     reporter.phase("tokenizing")
     max_length = min(task.spec.max_length, context_length(model))
-    training = tokenize(tokenizer, task.training_file, max_length, "training", reporter)
+    tokenize_all = tokenize_preferences if task.spec.method == "dpo" else tokenize_rows
+    read = partial(tokenize_all, tokenizer, max_length=max_length)
+    training = tokenize(read, task.training_file, max_length, "training", reporter)
     validation = None
     if task.validation_file is not None:
-        validation = tokenize(tokenizer, task.validation_file, max_length, "validation", reporter)
+        validation = tokenize(read, task.validation_file, max_length, "validation", reporter)
     config = adapter_config(task)
     inject(model, config, seed=task.spec.seed)
     settings = train_config(task.spec)
-    fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest)
+    goal = DPO(task.spec.beta) if task.spec.method == "dpo" else default_task(model)
+    fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=goal)
     state = find_state(task, fingerprint, reporter)
     saver = Saver(workspace / CHECKPOINTS, fingerprint, reporter, seconds=task.checkpoint_seconds, resumed=bool(state))
     reporter.phase("training")
@@ -48,6 +56,7 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter) -> Resul
         model,
         training.examples,
         settings,
+        task=goal,
         eval_examples=validation.examples if validation else None,
         on_step=step_teller(reporter, started, first=state.step if state else 0),
         should_stop=reporter.is_stopped,
@@ -71,11 +80,11 @@ def context_length(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
-def tokenize(tokenizer: Any, path: Path, max_length: int, what: str, reporter: Reporter) -> Dataset:
+def tokenize(read: Callable[..., Dataset], path: Path, max_length: int, what: str, reporter: Reporter) -> Dataset:
     """The rows of a file as examples; tells how many were cut or left out."""
     try:
         with path.open("rb") as lines:
-            dataset = tokenize_rows(tokenizer, read_rows(lines), max_length)
+            dataset = read(read_rows(lines))
     except DatasetError as error:
         raise type(error)(f"The {what} file cannot be used: {error.message}", **error.details) from error
     told = f"{len(dataset.examples)} {what} rows"

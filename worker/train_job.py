@@ -34,6 +34,7 @@ def run_train(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
         resume_from=fetch_checkpoint(host, attempt, job, workspace / "resume"),
         checkpoint_seconds=host.checkpoint_seconds,
         threads=host.threads,
+        stay=host.warm.keeps,
     )
     with keep_checkpoints(host, attempt, workspace / CHECKPOINTS) as keeper:
         result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest, on_checkpoint=keeper.hear)

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,10 @@ class WorkDir:
         finally:
             hit("work.before_cleanup")
             shutil.rmtree(path, ignore_errors=True)
+
+    def make_home(self) -> Path:
+        """A private folder for a child process, which outlives attempts. Whoever asked for it removes it."""
+        return Path(tempfile.mkdtemp(prefix="child-", dir=self.path))
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -19,6 +19,7 @@ from tests.worker.depot import BASE_NAME, LORA, Depot, WorkerProcess, make_depot
 from worker.base_cache import BaseCache
 from worker.host import Host
 from worker.runner import Runner
+from worker.warm import WarmPool
 from worker.workspace import WorkDir
 
 StartWorker = Callable[..., WorkerProcess]
@@ -53,13 +54,14 @@ def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def host(depot: Depot, adapter_dir: Path, tmp_path: Path) -> Iterator[Host]:
     """A worker's parts in this process, with short leases and the fake child."""
     work = WorkDir(tmp_path / "work", "host")
-    yield Host(
+    host = Host(
         name="test-host:1:abc",
         sessions=depot.sessions,
         beats=depot.sessions,
         store=depot.store,
         work=work,
         cache=BaseCache(tmp_path / "cache", depot.store),
+        warm=WarmPool(slots=2, max_bytes=2**40, idle_seconds=3600.0),
         lease_seconds=4.0,
         heartbeat_seconds=0.1,
         max_infra_failures=3,
@@ -68,6 +70,8 @@ def host(depot: Depot, adapter_dir: Path, tmp_path: Path) -> Iterator[Host]:
         grace_seconds=0.3,
         child_argv=(sys.executable, str(Path(__file__).parent / "fake_child.py"), str(adapter_dir)),
     )
+    yield host
+    host.warm.close()
     assert list(work.path.iterdir()) == [], "a workspace was left behind"
     work.close()
 

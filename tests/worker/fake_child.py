@@ -48,7 +48,8 @@ def wait_for_ever() -> None:
         step(number, 10**6)
 
 
-def main(adapter: Path, workspace: Path) -> int:
+def main(adapter: Path) -> int:
+    workspace = Path(sys.stdin.readline().rstrip("\n"))
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(75)), daemon=True).start()
     task = json.loads((workspace / "task.json").read_text())
     out = workspace / "out"
@@ -90,4 +91,4 @@ def main(adapter: Path, workspace: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1])))

@@ -113,12 +113,14 @@ def test_each_error_has_its_class(error: Exception, error_class: str) -> None:
 def test_a_child_whose_supervisor_is_gone_ends(task: TrainTask, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "never")  # reading it blocks until somebody writes, which nobody does
     write_task(tmp_path, task.model_copy(update={"training_file": tmp_path / "never"}))
-    argv = [sys.executable, "-P", "-m", "worker.child", str(tmp_path)]
+    argv = [sys.executable, "-P", "-m", "worker.child"]
     env = child_env(tmp_path, threads=1)
     child = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert child.stdin
+    child.stdin.write(f"{tmp_path}\n".encode())
+    child.stdin.flush()
     assert child.stdout
     assert isinstance(parse(child.stdout.readline()), PhaseMessage)
-    assert child.stdin
     child.stdin.close()
     assert child.wait(30) == EXIT_STOPPED
     child.stdout.close()
@@ -129,3 +131,19 @@ def test_a_child_sees_no_secrets(tmp_path: Path) -> None:
     env = child_env(tmp_path, threads=3, environ=ours)
     assert "s" not in env.values()
     assert (env["PATH"], env["OMP_NUM_THREADS"], env["HF_HUB_OFFLINE"]) == ("/bin", "3", "1")
+
+
+def test_preferences_are_trained_and_resumable(task: TrainTask, tmp_path: Path, reporter: Reporter, said: Path) -> None:
+    rows = [{"prompt": f"{i} plus", "chosen": f" {i} equals", "rejected": " fox"} for i in range(8)]
+    spec = task.spec.model_copy(update={"method": "dpo", "beta": 0.5})
+    changes = {
+        "spec": spec,
+        "training_file": write_jsonl(tmp_path / "preferences.jsonl", rows),
+        "validation_file": None,
+        "checkpoint_seconds": 0.0,
+    }
+    task = task.model_copy(update=changes)
+    result = train_adapter(task, tmp_path, reporter)
+    assert result.metrics["train_loss"] < 0.69  # below that of not preferring either, log 2
+    assert check_adapter(tmp_path / "out").config.r == 4
+    assert b"checkpoint" in said.read_bytes()

@@ -15,8 +15,9 @@ from tests.worker.depot import wait_until
 from worker.attempt import Attempt, Stop
 from worker.child_env import child_env
 from worker.errors import JobFailed
+from worker.process import LOG_BYTES, Child
 from worker.protocol import EXIT_STOPPED, CheckpointNews, ErrorMessage, ResultMessage
-from worker.supervisor import LOG_BYTES, Ending, result_of, run_child
+from worker.supervisor import Ending, result_of, run_child
 
 NEVER = 3600.0
 
@@ -39,7 +40,8 @@ def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Calla
     def run(mode: int, meanwhile: Callable[[], None] = lambda: None, *, grace_seconds: float = NEVER) -> Ending:
         (tmp_path / "task.json").write_text(json.dumps({"spec": {"seed": mode}}))
         (tmp_path / "adapter").mkdir()
-        argv = [sys.executable, str(Path(fake_child.__file__)), str(tmp_path / "adapter"), str(tmp_path)]
+        argv = [sys.executable, str(Path(fake_child.__file__)), str(tmp_path / "adapter")]
+        (tmp_path / "home").mkdir()
 
         def watch() -> None:
             wait_until(lambda: (attempt.news.take()[0] or {}).get("step"))
@@ -47,10 +49,8 @@ def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Calla
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        env = child_env(tmp_path, threads=1)
-        ending = run_child(
-            argv, env=env, directory=tmp_path, attempt=attempt, grace_seconds=grace_seconds, on_checkpoint=told.append
-        )
+        child = Child(argv, env=child_env(tmp_path / "home", threads=1), directory=tmp_path / "home")
+        ending = run_child(child, tmp_path, attempt=attempt, grace_seconds=grace_seconds, on_checkpoint=told.append)
         watcher.join()
         return ending
 
@@ -87,6 +87,7 @@ def test_the_log_is_cut_and_its_writer_is_not_blocked(start: Callable[..., Endin
         (Ending(1, ErrorMessage(error_class="oom", code="out_of_memory", message="x"), ""), "oom", "out_of_memory"),
         (Ending(0, ErrorMessage(error_class="user", code="bad_config", message="x"), ""), "bug", "trainer_crashed"),
         (Ending(-9, ResultMessage(), ""), "infra", "trainer_killed"),
+        (Ending(None, None, ""), "bug", "trainer_crashed"),
         (Ending(-11, None, ""), "bug", "trainer_crashed"),
         (Ending(EXIT_STOPPED, None, ""), "infra", "trainer_stopped"),
     ],
