@@ -4,6 +4,7 @@ An action happens at every hit, or with `@n` at the n-th only: `kill9` and `stop
 process, `exit` ends it without cleaning up, `sleep:SECONDS` delays, `raise` fails the way an outage does. Right after
 a commit, `raise` is an answer that got lost: what was asked for is done, and the caller sees an error."""
 
+import logging
 import os
 import signal
 import threading
@@ -14,9 +15,12 @@ from registry.errors import Unavailable
 
 EXIT_STATUS = 70
 
+log = logging.getLogger(__name__)
+
 
 class _Failpoint:
-    def __init__(self, act: Callable[[], None], nth: int | None) -> None:
+    def __init__(self, name: str, act: Callable[[], None], nth: int | None) -> None:
+        self._name = name
         self._act = act
         self._nth = nth
         self._hits = 0
@@ -27,6 +31,7 @@ class _Failpoint:
             self._hits += 1
             due = self._nth is None or self._hits == self._nth
         if due:
+            log.warning("failpoint %s", self._name)
             self._act()
 
 
@@ -51,7 +56,7 @@ def _parse(entry: str) -> tuple[str, _Failpoint]:
     word, at, count = rest.partition("@")
     if not name or not equals or (at and not (count.isdecimal() and int(count))):
         raise ValueError(f"not a failpoint: {entry!r}")
-    return name, _Failpoint(_action(word), int(count) if at else None)
+    return name, _Failpoint(name, _action(word), int(count) if at else None)
 
 
 def _action(word: str) -> Callable[[], None]:
@@ -70,7 +75,8 @@ def _fail() -> None:
 
 _ACTIONS: dict[str, Callable[[], None]] = {
     "kill9": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    # To this thread, which then goes no further: a signal to the process may reach another one first.
+    "stop": lambda: signal.pthread_kill(threading.get_ident(), signal.SIGSTOP),
     "exit": lambda: os._exit(EXIT_STATUS),
     "raise": _fail,
 }
