@@ -3,7 +3,7 @@
 import json
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
@@ -17,6 +17,7 @@ from cli.transfer import bars, upload
 from cli.watch import watch as watch_job
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
+Method = Literal["supervised", "dpo"]
 JobId = Annotated[str, typer.Argument(help="ftjob-…", metavar="ID")]
 
 
@@ -32,6 +33,10 @@ def submit(
     lora_dropout: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
     target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj. Default: all-linear.")] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / √r.")] = False,
+    method: Annotated[
+        Method, typer.Option(help="dpo learns from rows that prefer one answer to another.")
+    ] = "supervised",
+    beta: Annotated[float | None, typer.Option(help="Of dpo: holds the model to its base. Default: 0.1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Default: 3.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step. Default: 8.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 2e-4.")] = None,
@@ -60,10 +65,10 @@ def submit(
         "max_length": max_length,
         "max_steps": max_steps,
     }
-    numbers = _given({"n_epochs": epochs, "batch_size": batch_size})
+    numbers = _given({"n_epochs": epochs, "batch_size": batch_size, "beta": beta})
     body: dict[str, Any] = {"model": model, "seed": seed, "lora": _given(lora)}
     body["depot"] = _given({"priority": priority, "queue": queue})
-    body["method"] = {"type": "supervised", "supervised": {"hyperparameters": numbers}}
+    body["method"] = {"type": method, method: {"hyperparameters": numbers}}
     body["suffix"] = None if adapter else Path(data).stem[:64]
     with connected() as client:
         with bars(out()) as progress:

@@ -155,6 +155,13 @@ class UnknownTrainingFile(Invalid):
     code = "unknown_file"
 
 
+class WrongRows(Invalid):
+    """The file's rows are not what the method learns from. `supervised` needs messages, prompt and completion, or text;
+    `dpo` needs preferences."""
+
+    code = "wrong_rows"
+
+
 class UnknownBaseFile(Invalid):
     """No file with this id and purpose `base-model` exists. Upload it with `POST /v1/files` first."""
 

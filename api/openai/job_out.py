@@ -5,6 +5,8 @@ from sqlalchemy.orm import Session
 from api.openai.schemas import (
     CheckpointMetrics,
     CheckpointObject,
+    Dpo,
+    DpoHyperparameters,
     EventObject,
     Hyperparameters,
     JobError,
@@ -37,7 +39,7 @@ def job_object(job: Job, names: JobNames) -> JobObject:
         learning_rate_multiplier=learning_rate_multiplier(job.request),
         n_epochs=spec.n_epochs,
     )
-    shared = {"batch_size", "n_epochs", "lora", "seed"}
+    shared = {"batch_size", "n_epochs", "lora", "seed", "method", "beta"}
     return JobObject(
         id=public_id("ftjob", job.id),
         created_at=unix(job.created_at),
@@ -52,7 +54,7 @@ def job_object(job: Job, names: JobNames) -> JobObject:
         training_file=public_id("file", job.training_file_id) if job.training_file_id else "",
         validation_file=public_id("file", job.validation_file_id) if job.validation_file_id else None,
         hyperparameters=numbers,
-        method=Method(supervised=Supervised(hyperparameters=numbers)),
+        method=_method(spec, numbers),
         trained_tokens=job.trained_tokens,
         error=_error(job, names),
         seed=spec.seed,
@@ -70,6 +72,13 @@ def job_object(job: Job, names: JobNames) -> JobObject:
             deadline_at=unix_or_none(job.deadline_at) if job.state == JobState.QUEUED else None,
         ),
     )
+
+
+def _method(spec: TrainSpec, numbers: Hyperparameters) -> Method:
+    if spec.method == "dpo":
+        settings = DpoHyperparameters(**numbers.model_dump(), beta=spec.beta)
+        return Method(type="dpo", dpo=Dpo(hyperparameters=settings))
+    return Method(type="supervised", supervised=Supervised(hyperparameters=numbers))
 
 
 def event_object(event: JobEvent) -> EventObject:

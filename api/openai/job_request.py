@@ -2,9 +2,9 @@
 
 import re
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from api.json_patch import Operation
 from api.schemas import Body
@@ -38,9 +38,26 @@ class SupervisedIn(Body):
     hyperparameters: HyperparametersIn | None = None
 
 
+class DpoHyperparametersIn(HyperparametersIn):
+    beta: float | Auto | None = Field(default=None, description="Holds the model to its base; above 0. Default 0.1")
+
+
+class DpoIn(Body):
+    hyperparameters: DpoHyperparametersIn | None = None
+
+
 class MethodIn(Body):
-    type: Literal["supervised"]
+    """`supervised` imitates the rows; `dpo` learns from rows that prefer one answer to another."""
+
+    type: Literal["supervised", "dpo"]
     supervised: SupervisedIn | None = None
+    dpo: DpoIn | None = None
+
+    @model_validator(mode="after")
+    def settings_are_of_the_type(self) -> Self:
+        if (self.supervised if self.type == "dpo" else self.dpo) is not None:
+            raise ValueError(f"given with settings under `{self.type}` only")
+        return self
 
 
 class LoraIn(Body):
@@ -121,6 +138,7 @@ class JobCreate(Body):
         rate = given.get("learning_rate", TrainSpec.model_fields["learning_rate"].default)
         values: dict[str, Any] = {
             **given,
+            "method": self.method.type if self.method else "supervised",
             "lora": lora,
             "learning_rate": rate * numbers.pop("learning_rate_multiplier", 1.0),
             "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
@@ -133,9 +151,10 @@ class JobCreate(Body):
 
     def _hyperparameters(self) -> tuple[dict[str, Any], str]:
         """The numbers given, without `auto`, and where in the body they stand."""
-        supervised = self.method.supervised if self.method else None
-        if supervised is not None and supervised.hyperparameters is not None:
-            found, where = supervised.hyperparameters, "method.supervised.hyperparameters"
+        settings = (self.method.dpo or self.method.supervised) if self.method else None
+        if self.method is not None and settings is not None and settings.hyperparameters is not None:
+            found: HyperparametersIn = settings.hyperparameters
+            where = f"method.{self.method.type}.hyperparameters"
         else:
             found, where = self.hyperparameters or HyperparametersIn(), "hyperparameters"
         return {name: value for name, value in found.model_dump(exclude_none=True).items() if value != "auto"}, where
@@ -147,7 +166,7 @@ LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"
 def _out_of_range(error: ValidationError, hyperparameters: str) -> InvalidHyperparameter:
     finding = error.errors(include_url=False)[0]
     path = [str(step) for step in finding["loc"]]
-    if path[0] in {"n_epochs", "batch_size"}:
+    if path[0] in {"n_epochs", "batch_size", "beta"}:
         path = [hyperparameters, *path]
     elif path[0] not in {"lora", "seed"}:
         path = ["lora", *path]

@@ -56,8 +56,11 @@ class LoraSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """One supervised fine-tuning run. `batch_size` counts rows per optimizer step."""
+    """One fine-tuning run. `batch_size` counts rows per optimizer step. Supervised runs imitate rows; those of `dpo`
+    (arXiv:2305.18290) prefer one answer to another, and `beta` holds them to the base model."""
 
+    method: Literal["supervised", "dpo"] = "supervised"
+    beta: float = Field(default=0.1, gt=0, le=100)
     lora: LoraSpec = LoraSpec()
     n_epochs: int = Field(default=3, ge=1, le=1000)
     batch_size: int = Field(default=8, ge=1, le=4096)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from lora_core import errors as lora_errors
 from lora_core.config import match_targets
 from registry.adapters import ensure_adapter
-from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile
+from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile, WrongRows
 from registry.failpoints import hit
 from registry.files import pin_file
 from registry.jobs.clock import read_clock
@@ -48,9 +48,8 @@ def submit_training(
     """Queues a training job that publishes to `adapter_name`; its files cannot be deleted until it ends. `retry_of` is
     the tenant's own job that this one repeats.
 
-    Raises UnknownTargetModules, InvalidHyperparameter, UnknownTrainingFile, UnknownQueue, QuotaExceeded,
-    IdempotencyKeyReused,
-    and what ensure_adapter raises."""
+    Raises UnknownTargetModules, InvalidHyperparameter, UnknownTrainingFile, WrongRows, UnknownQueue, QuotaExceeded,
+    IdempotencyKeyReused, and what ensure_adapter raises."""
     job_id = uuid.uuid4()
     if idempotency is not None:
         reserved = reserve(session, idempotency, tenant_id=tenant_id, job_id=job_id)
@@ -60,9 +59,9 @@ def submit_training(
     check_lora(spec.lora, base_model)
     check_queue(session, placement.queue)
     _lock_quota(session, tenant_id)
-    _pin(session, tenant_id, training_file, "training_file")
-    if validation_file is not None:
-        _pin(session, tenant_id, validation_file, "validation_file")
+    for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
+        if file is not None:
+            _pin(session, tenant_id, file, spec, param)
     adapter = ensure_adapter(session, tenant_id=tenant_id, name=adapter_name, base_model=base_model)
     job = Job(
         id=job_id,
@@ -126,9 +125,12 @@ def _lock_quota(session: Session, tenant_id: uuid.UUID) -> None:
         raise QuotaExceeded(limit=limit, used=used)
 
 
-def _pin(session: Session, tenant_id: uuid.UUID, file: File, param: str) -> None:
+def _pin(session: Session, tenant_id: uuid.UUID, file: File, spec: TrainSpec, param: str) -> None:
     if pin_file(session, tenant_id=tenant_id, file_id=file.id, purpose="fine-tune") is None:
         raise UnknownTrainingFile(param=param)
+    kind = (file.report or {}).get("kind")
+    if kind is not None and (kind == "preference") != (spec.method == "dpo"):
+        raise WrongRows(param=param, kind=kind)
 
 
 def _enqueue(session: Session, job: Job) -> Job:

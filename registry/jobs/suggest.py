@@ -10,8 +10,6 @@ from registry.models import Job
 Operation = dict[str, Any]
 SHORTEST = 128  # tokens; below, rows are cut to nothing
 
-_METHOD = ("method", "supervised", "hyperparameters")
-
 
 def suggest_patch(job: Job, *, context_length: int | None) -> list[Operation] | None:
     """Half the learning rate after a divergence, a smaller batch or shorter rows after running out of memory, longer
@@ -51,7 +49,8 @@ def _less_memory(request: Mapping[str, Any], spec: TrainSpec) -> list[Operation]
 
 def _hyperparameters(request: Mapping[str, Any]) -> tuple[str, ...]:
     """Where this request keeps OpenAI's numbers: in its method, or in the deprecated field."""
-    return _METHOD if _at(request, _METHOD) is not None else ("hyperparameters",)
+    method = ("method", str(_at(request, ("method", "type"))), "hyperparameters")
+    return method if _at(request, method) is not None else ("hyperparameters",)
 
 
 def _at(request: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -198,7 +198,7 @@ class TestCreate:
             ({"metadata": {"k": "v" * 513}}, "metadata.k"),
             ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 65),
             ({"integrations": [{"type": "wandb"}]}, "integrations"),
-            ({"method": {"type": "dpo"}}, "method.type"),
+            ({"method": {"type": "reinforcement"}}, "method.type"),
         ],
     )
     def test_a_value_that_is_not_allowed(self, submit: Submit, over: dict[str, Any], param: str) -> None:
@@ -212,7 +212,7 @@ class TestCreate:
             ({"lora": {"rank": 8}}, "lora.rank", "lora_alpha"),
             ({"lora": {"hf_token": "x"}}, "lora.hf_token", "lora_alpha"),
             ({"hyperparameters": {"epochs": 1}}, "hyperparameters.epochs", "n_epochs"),
-            ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo", "supervised"),
+            ({"method": {"type": "supervised", "grader": {}}}, "method.grader", "supervised"),
             (
                 {"method": {"type": "supervised", "supervised": {"hyperparameters": {"lr": 1}}}},
                 "method.supervised.hyperparameters.lr",
@@ -261,3 +261,40 @@ class TestCreate:
         assert all(record.exc_info is None for record in caplog.records)
         with transaction(sessions) as session:
             assert session.scalar(select(func.count()).select_from(Job)) == 0
+
+
+PREFERENCES = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4
+
+
+class TestDpo:
+    def test_the_job_shows_its_method_and_beta(self, client: TestClient, submit: Submit) -> None:
+        file_id = upload(client, PREFERENCES).json()["id"]
+        method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 1}}}
+        job = submit(training_file=file_id, method=method).json()
+        numbers = {"n_epochs": 1, "batch_size": 8, "learning_rate_multiplier": 1.0}
+        assert job["method"] == {"type": "dpo", "supervised": None, "dpo": {"hyperparameters": numbers | {"beta": 0.3}}}
+        assert job["hyperparameters"] == numbers
+
+    def test_beta_has_a_default(self, client: TestClient, submit: Submit) -> None:
+        file_id = upload(client, PREFERENCES).json()["id"]
+        job = submit(training_file=file_id, method={"type": "dpo"}).json()
+        assert job["method"]["dpo"]["hyperparameters"]["beta"] == 0.1
+
+    def test_beta_out_of_range_is_named(self, client: TestClient, submit: Submit) -> None:
+        file_id = upload(client, PREFERENCES).json()["id"]
+        method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}
+        error = refused(submit(training_file=file_id, method=method), 422, "invalid_hyperparameter")
+        assert error["param"] == "method.dpo.hyperparameters.beta"
+
+    def test_rows_must_be_those_of_the_method(self, client: TestClient, submit: Submit, file_id: str) -> None:
+        preferences = upload(client, PREFERENCES).json()["id"]
+        error = refused(submit(training_file=preferences), 422, "wrong_rows")
+        assert error["param"] == "training_file"
+        error = refused(submit(method={"type": "dpo"}), 422, "wrong_rows")
+        assert "preferences" in error["message"]
+        mixed = submit(training_file=preferences, validation_file=file_id, method={"type": "dpo"})
+        assert refused(mixed, 422, "wrong_rows")["param"] == "validation_file"
+
+    def test_settings_of_another_method_are_refused(self, submit: Submit) -> None:
+        method = {"type": "supervised", "dpo": {"hyperparameters": {"beta": 0.3}}}
+        assert "supervised" in refused(submit(method=method), 422, "invalid_value")["message"]
