@@ -32,11 +32,11 @@ class AdaLoraLinear(LoraLinear):
             with torch.no_grad():
                 factor.copy_(torch.empty(factor.shape).normal_(0.0, 0.02, generator=generator))
         self.lora_E = self.zeros(self.r, 1)
-        if not self.r:  # pruned to nothing and saved: nothing is left to train
-            self.requires_grad_(requires_grad=False)
-        self.register_buffer("kept", torch.ones(self.r, dtype=torch.bool, device=self.lora_E.device), persistent=False)
-        self.importance = {name: torch.zeros_like(getattr(self, name)) for name in _FACTORS}
-        self.uncertainty = {name: torch.zeros_like(getattr(self, name)) for name in _FACTORS}
+        device = self.base_layer.weight.device
+        self.register_buffer("kept", torch.ones(self.r, dtype=torch.bool, device=device), persistent=False)
+        shapes = {name: getattr(self, name).shape for name in _FACTORS}
+        self.importance = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        self.uncertainty = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
 
     @classmethod
     def options(cls, config: LoraConfig) -> dict[str, Any]:  # noqa: ARG003  it has no say
@@ -53,10 +53,16 @@ class AdaLoraLinear(LoraLinear):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The factors, without the triplets that are pruned."""
-        tensors, saved = super().adapter_tensors(), self.saved()
-        if not saved.all():
+        tensors = super().adapter_tensors()
+        if not self.lora_E.is_meta and not (saved := self.saved()).all():
             tensors |= {"lora_A": self.lora_A[saved], "lora_B": self.lora_B[:, saved], "lora_E": self.lora_E[saved]}
         return tensors
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """As every layer does. Of a module that was pruned to nothing, nothing is left to train."""
+        super().load_tensors(tensors)
+        if not self.r:
+            self.requires_grad_(requires_grad=False)
 
     def training_state(self) -> dict[str, Tensor]:
         """What the allocator goes on with."""

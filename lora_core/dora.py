@@ -1,7 +1,7 @@
 """DoRA (arXiv:2402.09353): the rows of W + scaling · B · A keep their direction and get a trained length."""
 
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -104,15 +104,20 @@ class Lengths(LoraLayer):
     def norm(self) -> Tensor:
         """Lengths of the rows of W + scaling·B·A, (out) float32, found without that matrix.
 
-        They are kept until a factor changes: a step of many batches, or a text of many tokens, finds them once.
+        Outside of training they are kept until a factor changes: a text of many tokens finds them once.
         """
         A, B = self.factors()
         key = (A.data_ptr(), A._version, B.data_ptr(), B._version)
-        if self._norm is None or self._norm[0] != key:
+        if self.training or self._norm is None or self._norm[0] != key:
             crossed = torch.cat([rows.float() @ A.T for rows in self.rows().split(_ROWS)])  # W·Aᵀ (out, r)
             change = 2 * crossed + self.scaling * (B @ (A @ A.T))
             self._norm = key, ((change * B).sum(1) * self.scaling + self.base_squares).sqrt()
         return self._norm[1]
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  torch's signature
+        """Optimizers that keep all factors in one buffer change them unseen: what was kept is forgotten."""
+        self._norm = None
+        return super().train(mode)
 
     def scale(self) -> Tensor:
         """By what the rows of W + scaling·B·A are multiplied, (out) float32; their present lengths are constants."""
