@@ -47,6 +47,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def has_learned(model: nn.Module) -> bool:
+    """Whether any adapted layer of `model` changes what the base computes."""
+    return any(layer.has_learned() for layer in adapter_layers(model).values())
+
+
 def export_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """`config` as PEFT must read it to find in the base what is adapted in `model`."""
     layers = lora_layers(model)

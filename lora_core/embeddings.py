@@ -78,6 +78,11 @@ class TokenRows(AdapterLayer):
         new = F.embedding(position.clamp(min=0), self.new_rows).to(y.dtype)
         return torch.where((position >= 0)[..., None], _scaled(self.base_layer, new), y)
 
+    def has_learned(self) -> bool:
+        """Whether a row differs from the base's."""
+        rows = self.base_layer.weight[list(self.indices)]
+        return not torch.equal(self.new_rows, rows.to(self.new_rows.dtype))
+
 
 class TokenOutputs(TokenRows):
     """An output layer with new rows of its own."""
@@ -111,6 +116,10 @@ class TiedTokenOutputs(TokenOutputs):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, dim) → logits (…, tokens)."""
         return self.with_rows(x, self._embedding[0].new_rows)
+
+    def has_learned(self) -> bool:
+        """What is learned is the embedding's."""
+        return False
 
 
 def _scaled(base_layer: nn.Module, rows: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig, KeyMismatch, ShapeMismatch
 
+_FACTORS = ("lora_A", "lora_B.weight", "lora_E", "lora_embedding_")
+
 
 class AdapterLayer(nn.Module):
     """Stands in the model where `base_layer`, which it freezes, stood under the name `path`.
@@ -62,6 +64,10 @@ class AdapterLayer(nn.Module):
                 setattr(self, self.TENSORS[name], nn.Parameter(given))
             else:
                 own[name].copy_(tensor)
+
+    def has_learned(self) -> bool:
+        """Whether it changes what the base computes, as far as its numbers alone tell."""
+        raise NotImplementedError
 
     def training_state(self) -> dict[str, Tensor]:
         """What a run goes on with besides parameters, by names of the layer's own: restored in place."""
@@ -137,6 +143,16 @@ class LoraLayer(AdapterLayer):
         if self.lora_B_bias is not None:
             bias = (self.base_layer.bias if bias is None else bias) + self.scaling * self.lora_B_bias
         return bias
+
+    def has_learned(self) -> bool:
+        """Whether no factor of the product is all zero, or a bias differs."""
+        factors = [tensor for name, tensor in self.adapter_tensors().items() if name.startswith(_FACTORS)]
+        bias, added = self.trained_bias, self.lora_B_bias
+        if added is not None and bool(added.any()):
+            return True
+        if bias is not None and not torch.equal(bias, self.base_layer.bias.to(bias.dtype)):
+            return True
+        return all(bool(factor.any()) for factor in factors)
 
     def delta_weight(self) -> Tensor:
         """What the layer adds to the base's weight, float32, in its shape and orientation."""

@@ -35,6 +35,13 @@ class SavedModule(AdapterLayer):
         """The copy's parameters by the names they have in the module."""
         return dict(self.trained.named_parameters())
 
+    def has_learned(self) -> bool:
+        """Whether a parameter differs from the base's."""
+        base = dict(self.base_layer.named_parameters())
+        return any(
+            not torch.equal(value, base[name].to(value.dtype)) for name, value in self.trained.named_parameters()
+        )
+
     def __getattr__(self, name: str) -> Any:
         """The rest of the model asks the copy: a sibling may use its weight directly."""
         if name in ("trained", "base_layer") or not self.enabled:
@@ -60,3 +67,7 @@ class TrainedBias(AdapterLayer):
         if not self.enabled:
             return base(*args, **kwargs)
         return functional_call(base, {"bias": self.trained_bias.to(base.bias.dtype)}, args, kwargs)
+
+    def has_learned(self) -> bool:
+        """Whether the bias differs from the base's."""
+        return not torch.equal(self.trained_bias, self.base_layer.bias.to(self.trained_bias.dtype))

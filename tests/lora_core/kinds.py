@@ -80,9 +80,9 @@ class Kind:
         return peft.LoraConfig(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
 
     @torch.no_grad()
-    def say(self, model: nn.Module) -> torch.Tensor:
+    def say(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if self.model == "convolutions":
-            return model(torch.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4) / 60 - 1)
+            return model((torch.arange(2 * 3 * 5 * 4).reshape(2, 3, 5, 4) / 60 - 1).to(dtype)).float()
         return model(TOKENS).logits.float()
 
 

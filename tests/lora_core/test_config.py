@@ -3,6 +3,7 @@ import math
 
 import peft
 import pytest
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from lora_core.config import LoraConfig, match_targets
 from lora_core.errors import BadConfig, UnknownTargetModules
@@ -196,6 +197,30 @@ def test_the_papers_preset_is_query_and_value_as_the_family_calls_them(last_name
 def test_the_papers_preset_needs_projections_that_it_knows():
     with pytest.raises(UnknownTargetModules, match="paper"):
         match_targets(LoraConfig(target_modules="paper"), ["wide", "narrow"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ("q_proj", "mlp.down_proj")},
+        {"target_modules": ("proj",)},
+        {"target_modules": ("q_proj", "v_proj"), "exclude_modules": ("layers.1.self_attn.q_proj", "lm_head")},
+        {"target_modules": ("q_proj", "down_proj"), "modules_to_save": ("layers.1.mlp",)},
+        {"target_modules": ("lm_head", "q_proj"), "layers_to_transform": (1,)},
+        {"target_modules": ("q_proj", "model.layers.0.self_attn.v_proj"), "layers_to_transform": (1, 11)},
+        {"target_modules": ("q_proj",), "layers_to_transform": (1,), "layers_pattern": ("layer", "layers")},
+        {"target_modules": ("q_proj",), "layers_to_transform": (1,), "layers_pattern": ("blocks",)},
+    ],
+)
+def test_names_mean_what_they_mean_to_peft(settings):
+    given = {name: list(value) for name, value in settings.items()}
+    theirs = peft.LoraConfig(**given)
+    expected = [path for path in sorted(PATHS) if check_target_module_exists(theirs, path) is True]
+    try:
+        found = match_targets(LoraConfig(**settings), PATHS)
+    except UnknownTargetModules:
+        found = []
+    assert found == expected
 
 
 def test_an_unknown_target_says_what_exists():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_core.adapter import load_adapter, save_adapter
+from lora_core.adapter import has_learned, load_adapter, save_adapter
 from lora_core.data import Example
 from lora_core.errors import BadAdapter, BadConfig, KeyMismatch, ShapeMismatch, UnknownTargetModules
 from lora_core.gate import WEIGHTS_FILE, check_adapter
@@ -94,9 +94,10 @@ def test_a_disabled_or_ejected_adapter_leaves_the_base_bit_for_bit(kind):
 
 
 @every_kind
-def test_a_fresh_adapter_says_what_the_base_says(kind):
+def test_a_fresh_adapter_says_what_the_base_says_and_has_learned_nothing(kind):
     model = kind.build()
     inject(model, kind.config(), 0)
+    assert not has_learned(model)
     torch.testing.assert_close(kind.say(model), kind.say(kind.build()), atol=1e-6, rtol=0)
 
 
@@ -110,6 +111,37 @@ def test_as_much_is_trained_as_in_peft_and_all_of_it_gets_a_gradient(kind):
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
     sizes = sorted(parameter.numel() for parameter in trained.values())
     assert sizes == sorted(parameter.numel() for parameter in trained_parameters(by_peft(kind)).values())
+
+
+@every_kind
+def test_each_trained_tensor_alone_is_something_learned(kind):
+    model = kind.build()
+    inject(model, kind.config(), 0)
+    for name, parameter in trained_parameters(model).items():
+        # the other factor is zero; and magnitudes never move without it
+        if name.endswith(("lora_A", "lora_embedding_B", "lora_magnitude_vector")):
+            continue
+        before = parameter.detach().clone()
+        parameter.data.add_(0.1)
+        assert has_learned(model), name
+        parameter.data.copy_(before)
+
+
+@every_kind
+def test_a_base_in_bfloat16_is_computed_with_in_bfloat16(tmp_path, kind):
+    save_adapter(by_us(kind), kind.config(), tmp_path)
+    ours, theirs = kind.build().bfloat16(), kind.build().bfloat16()
+    load_adapter(ours, tmp_path)
+    assert {parameter.dtype for parameter in trained_parameters(ours).values()} == {torch.float32}
+    kinds: set[torch.dtype] = set()
+    hooks = [m.register_forward_hook(lambda m, x, y: kinds.add(y.dtype)) for m in adapter_layers(ours).values()]
+    said = kind.say(ours, torch.bfloat16)
+    assert [hook.remove() for hook in hooks]
+    assert kinds <= {torch.bfloat16}
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    exact = kind.say(by_us(kind))
+    error = (kind.say(theirs, torch.bfloat16) - exact).abs().max()
+    assert (said - exact).abs().max() < 2 * error + 0.02
 
 
 @every_kind
