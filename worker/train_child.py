@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from lora_core.adapter import save_adapter
+from lora_core.adapter import has_learned, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.data import Dataset, tokenize_rows
 from lora_core.dpo import DPO, tokenize_preferences
 from lora_core.errors import BadConfig, DatasetError
 from lora_core.fingerprint import take_fingerprint
-from lora_core.inject import inject, lora_layers
+from lora_core.inject import eject, inject
 from lora_core.model import load_base
 from lora_core.rows import read_rows
 from lora_core.task import default_task
@@ -33,6 +33,7 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     """Train on the task's rows and write the adapter to `out/`. What this process did before changes no bit of it."""
     torch.set_num_threads(task.threads)
     torch.manual_seed(0)
+    ask_for_repeatable_kernels(wanted=True)
     reporter.phase("loading")
     model, tokenizer = (kept or KeptBase()).get(task.base_digest, lambda: load_base(task.base_dir))
     reporter.phase("tokenizing")
@@ -43,19 +44,44 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     validation = None
     if task.validation_file is not None:
         validation = tokenize(read, task.validation_file, max_length, "validation", reporter)
-    config = adapter_config(task)
-    inject(model, config, seed=task.spec.seed)
+    try:
+        result, seconds = fit(task, workspace, reporter, model, (training, validation))
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reporter.note(f"Not repeatable bit for bit on this device: {str(error)[:200]}", level="warn")
+        ask_for_repeatable_kernels(wanted=False)
+        eject(model)
+        result, seconds = fit(task, workspace, reporter, model, (training, validation))
+    if result.stopped:
+        raise Stopped
+    require_change(model)
+    reporter.phase("saving")
+    save_adapter(model, adapter_config(task), workspace / OUT)
+    if not write_recipe(task.base_dir, workspace / OUT):
+        reporter.note("This adapter cannot be merged into its base; the worker's log says why.")
+    return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
+
+
+def fit(
+    task: TrainTask, workspace: Path, reporter: Reporter, model: Any, data: tuple[Dataset, Dataset | None]
+) -> tuple[TrainResult, float]:
+    """Put the adapter into the model and train it, from where it was last; and the seconds that took."""
+    training, validation = data
+    inject(model, adapter_config(task), seed=task.spec.seed)
     settings = train_config(task.spec)
     goal = DPO(task.spec.beta) if task.spec.method == "dpo" else default_task(model)
     fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=goal)
-    state = find_state(task, fingerprint, reporter)
+    # Not part of what makes it this run: after running out of memory it goes on in smaller pieces.
+    tokens_per_batch = max(1, settings.tokens_per_batch >> task.halvings)
+    state = find_state(task, fingerprint, reporter, tokens_per_batch=tokens_per_batch)
     saver = Saver(workspace / CHECKPOINTS, fingerprint, reporter, seconds=task.checkpoint_seconds, resumed=bool(state))
     reporter.phase("training")
     started = time.monotonic()
     result = train(
         model,
         training.examples,
-        settings,
+        replace(settings, tokens_per_batch=tokens_per_batch),
         task=goal,
         eval_examples=validation.examples if validation else None,
         on_step=step_teller(reporter, started, first=state.step if state else 0),
@@ -64,15 +90,16 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
         on_checkpoint=saver.save,
         should_checkpoint=saver.is_due,
     )
-    if result.stopped:
-        raise Stopped
-    seconds = time.monotonic() - started
-    require_change(model)
-    reporter.phase("saving")
-    save_adapter(model, config, workspace / OUT)
-    if not write_recipe(task.base_dir, workspace / OUT):
-        reporter.note("This adapter cannot be merged into its base; the worker's log says why.")
-    return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
+    return result, time.monotonic() - started
+
+
+def ask_for_repeatable_kernels(*, wanted: bool) -> None:
+    """On CUDA, kernels that give equal bits for equal inputs, which may be slower. On a CPU all of them do."""
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(wanted)
+        # It costs time, and nothing here reads such memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made by a metaclass
+        torch.backends.cudnn.benchmark = False
 
 
 def context_length(model: Any) -> int:
@@ -137,8 +164,8 @@ def step_teller(reporter: Reporter, started: float, *, first: int) -> Callable[[
 
 
 def require_change(model: Any) -> None:
-    """BadConfig if training left every lora_B at zero: such an adapter is the base model under another name."""
-    if not any(layer.lora_B.detach().any() for layer in lora_layers(model).values()):
+    """BadConfig if training changed nothing: such an adapter is the base model under another name."""
+    if not has_learned(model):
         raise BadConfig("training changed nothing: use a higher learning_rate, more steps or less warmup")
 
 
