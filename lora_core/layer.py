@@ -179,5 +179,10 @@ class LoraLayer(AdapterLayer):
         return nn.Parameter(fill(torch.empty(shape, dtype=torch.float32)).to(self.base_layer.weight.device))
 
     def _generator(self) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed}:{self.path}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return start_generator(self.seed, self.path)
+
+
+def start_generator(seed: int | None, path: str) -> torch.Generator:
+    """What the start of a factor is drawn from: of `path` its own, so that nothing else in the model matters."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
