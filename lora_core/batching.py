@@ -21,15 +21,20 @@ def epoch_steps(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: in
     return steps
 
 
-def micro_batches(rows: Sequence[int], lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """The rows of a step, longest first, cut so that each piece has at most `max_tokens` tokens with padding.
+def micro_batches(
+    rows: Sequence[int], lengths: Sequence[int], *, max_tokens: int, packed: bool = False
+) -> list[list[int]]:
+    """The rows of a step, longest first, cut so that each piece has at most `max_tokens` tokens, padding included.
 
-    A row that is longer than that stands alone.
+    `packed` pieces have no padding. A row that is longer than the limit stands alone.
     """
     pieces: list[list[int]] = []
+    tokens = 0
     for row in sorted(rows, key=lambda row: -lengths[row]):
-        if pieces and lengths[pieces[-1][0]] * (len(pieces[-1]) + 1) <= max_tokens:
+        tokens += lengths[row] if packed or not pieces else lengths[pieces[-1][0]]
+        if pieces and tokens <= max_tokens:
             pieces[-1].append(row)
         else:
             pieces.append([row])
+            tokens = lengths[row]
     return pieces

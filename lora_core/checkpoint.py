@@ -16,7 +16,7 @@ from lora_core.errors import BadCheckpoint, CheckpointMismatch
 DOCUMENT_FILE = "checkpoint.json"
 TENSORS_FILE = "checkpoint.safetensors"
 CHECKPOINT_FILES = (DOCUMENT_FILE, TENSORS_FILE)
-FORMAT = 1
+FORMAT = 2
 MAX_DOCUMENT_BYTES = 64 * 2**10
 
 
@@ -39,6 +39,9 @@ class CheckpointDocument:
     fingerprint: Fingerprint
     tensors_sha256: str
     tensors_size: int
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+    tokens_per_batch: int | None = None
 
 
 def differences(saved: Fingerprint, current: Fingerprint) -> list[str]:
@@ -82,10 +85,12 @@ def _parse(body: Any) -> CheckpointDocument:
         raise BadCheckpoint(f"{DOCUMENT_FILE} must have exactly the fields {', '.join(sorted(names))}")
     if body.pop("format") != FORMAT:
         raise BadCheckpoint(f"{DOCUMENT_FILE} is of another format than {FORMAT}")
-    for name in ("step", "trained_tokens", "tensors_size"):
+    for name in ("step", "trained_tokens", "tensors_size", "evaluations_since_best", "tokens_per_batch"):
+        if name == "tokens_per_batch" and body[name] is None:
+            continue
         if type(body[name]) is not int or body[name] < 0:
             raise BadCheckpoint(f"{name} in {DOCUMENT_FILE} is not a count")
-    for name in ("train_loss", "eval_loss"):
+    for name in ("train_loss", "eval_loss", "best_eval_loss"):
         if body[name] is not None and not (isinstance(body[name], float) and math.isfinite(body[name])):
             raise BadCheckpoint(f"{name} in {DOCUMENT_FILE} is not a number")
     if not isinstance(body["tensors_sha256"], str):

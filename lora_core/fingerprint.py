@@ -2,36 +2,41 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_core.checkpoint import Fingerprint
-from lora_core.data import Example
 from lora_core.inject import lora_layers
-from lora_core.train import TrainConfig
+from lora_core.task import Task, default_task
+from lora_core.train_config import TrainConfig
 from lora_core.trainable import trained_parameters
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
-_CODE = ("batching", "data", "inject", "layers", "loss", "schedule", "state", "task", "train", "trainable")
+_CODE = (
+    *("batching", "data", "distributed", "inject", "layer", "layers", "loss", "mode", "optimizer", "output_loss"),
+    *("packing", "schedule", "state", "task", "train", "train_config", "trainable"),
+)
 
 
-def take_fingerprint(model: Any, examples: Sequence[Example], config: TrainConfig, *, base_digest: str) -> Fingerprint:
+def take_fingerprint(
+    model: Any, examples: Sequence[Any], config: TrainConfig, *, base_digest: str, task: Task | None = None
+) -> Fingerprint:
     """Of training `model` on `examples`, here and now. `base_digest` names the frozen weights."""
+    task = task or default_task(model)
     layers = lora_layers(model)
     adapted = [(path, type(layer).__name__, layer.scaling, layer.lora_dropout) for path, layer in layers.items()]
     trained = [(name, *parameter.shape) for name, parameter in trained_parameters(model).items()]
     inputs = {
         "base_model": base_digest,
-        "examples": _digest(
-            part for e in examples for part in (e.input_ids, e.labels, len(e.labels).to_bytes(8, "big"))
-        ),
+        "examples": _digest(part for example in examples for part in _parts(example)),
         "lora": _digest([repr((adapted, trained)).encode()]),
-        "training": _digest([repr(sorted(asdict(config).items())).encode()]),
+        "training": _digest([repr((_settings(asdict(config)), type(task).__name__, _settings(vars(task)))).encode()]),
     }
     environment = {name: version(name) for name in _LIBRARIES}
     environment |= {
@@ -43,6 +48,23 @@ def take_fingerprint(model: Any, examples: Sequence[Example], config: TrainConfi
         "repeatable": "yes" if _is_repeatable(model.device) else "no",
     }
     return Fingerprint(inputs, environment)
+
+
+def _parts(example: Any) -> Iterator[Any]:
+    """All that an example holds; of every array its length too."""
+    for item in fields(example):
+        value = getattr(example, item.name)
+        if is_dataclass(value):
+            yield from _parts(value)
+        elif isinstance(value, np.ndarray):
+            yield value
+            yield len(value).to_bytes(8, "big")
+        else:
+            yield repr(value).encode()
+
+
+def _settings(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(values.items())
 
 
 def _digest(parts: Iterable[Any]) -> str:

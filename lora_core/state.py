@@ -34,6 +34,7 @@ class TrainState:
     Per trained parameter `lora.<name>`, its moments `exp_avg.…` and `exp_avg_sq.…`, and `updates.…`, AdamW's count;
     `layer.<path>.…`, what variants of LoRA go on with;
     `rng.cpu` and, on CUDA, `rng.cuda`. The order of the data needs no state: it follows from seed, epoch and step.
+    `tokens_per_batch` is the limit in force, None for the configured one.
     """
 
     step: int
@@ -41,6 +42,9 @@ class TrainState:
     train_loss: float | None
     eval_loss: float | None
     tensors: Mapping[str, Tensor]
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+    tokens_per_batch: int | None = None
 
 
 def capture_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -53,10 +57,7 @@ def capture_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         found[f"exp_avg_sq.{name}"] = kept["exp_avg_sq"]
         found[f"updates.{name}"] = kept["step"].reshape(1)
     found |= _layer_state(model)
-    found["rng.cpu"] = torch.get_rng_state()
-    device = _device(model)
-    if device.type == "cuda":
-        found["rng.cuda"] = torch.cuda.get_rng_state(device)
+    found |= rng_state(_device(model))
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
 
 
@@ -81,10 +82,22 @@ def restore_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: 
         }
     for name, tensor in _layer_state(model).items():
         tensor.copy_(tensors[name])
-    torch.set_rng_state(tensors["rng.cpu"])
-    device = _device(model)
-    if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    set_rng_state(tensors, _device(model))
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The generators that a step on `device` draws from."""
+    found = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Back to where they were."""
+    torch.set_rng_state(state["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
 
 
 def save_checkpoint(directory: Path, state: TrainState, fingerprint: Fingerprint) -> None:
@@ -101,6 +114,9 @@ def save_checkpoint(directory: Path, state: TrainState, fingerprint: Fingerprint
             trained_tokens=state.trained_tokens,
             train_loss=state.train_loss,
             eval_loss=state.eval_loss,
+            best_eval_loss=state.best_eval_loss,
+            evaluations_since_best=state.evaluations_since_best,
+            tokens_per_batch=state.tokens_per_batch,
             fingerprint=fingerprint,
             tensors_sha256=file.sha256,
             tensors_size=file.size,
@@ -124,6 +140,9 @@ def load_checkpoint(directory: Path) -> tuple[TrainState, Fingerprint]:
         train_loss=document.train_loss,
         eval_loss=document.eval_loss,
         tensors=_tensors(content),
+        best_eval_loss=document.best_eval_loss,
+        evaluations_since_best=document.evaluations_since_best,
+        tokens_per_batch=document.tokens_per_batch,
     )
     return state, document.fingerprint
 

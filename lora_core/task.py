@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_core.data import Example
-from lora_core.loss import collate, loss_sum
+from lora_core.loss import collate, loss_sum, packed_loss_sum
+from lora_core.packing import Packed, can_pack, pack
 
 
 class Task(Protocol):
@@ -27,7 +28,10 @@ class Task(Protocol):
 
 
 class CausalLM:
-    """Predict each labelled token from those before it."""
+    """Predict each labelled token from those before it. With `packing`, rows share a row instead of being padded."""
+
+    def __init__(self, *, packing: bool = False) -> None:
+        self.packing = packing
 
     def length(self, example: Example) -> int:
         return len(example.input_ids)
@@ -35,11 +39,18 @@ class CausalLM:
     def targets(self, example: Example) -> int:
         return example.targets
 
-    def collate(self, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-        return collate(examples, device)
+    def collate(self, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor] | Packed:
+        return pack(examples, device) if self.packing else collate(examples, device)
 
-    def loss_sum(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return loss_sum(model, *batch)
+    def loss_sum(self, model: Any, batch: tuple[Tensor, Tensor] | Packed) -> Tensor:
+        return packed_loss_sum(model, batch) if isinstance(batch, Packed) else loss_sum(model, *batch)
 
 
-CAUSAL_LM = CausalLM()
+def default_task(model: Any, *, packing: bool = True) -> CausalLM:
+    """What is trained where nothing else is asked for."""
+    return CausalLM(packing=packing and can_pack(model))
+
+
+def packs(task: Task) -> bool:
+    """Whether the batches of `task` have no padding."""
+    return isinstance(task, CausalLM) and task.packing

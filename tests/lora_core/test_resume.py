@@ -194,7 +194,7 @@ def damage(directory: Path, how: str) -> None:
         case "a list":
             document.write_text("[]")
         case "format":
-            document.write_text(json.dumps(body | {"format": 2}))
+            document.write_text(json.dumps(body | {"format": 1}))
         case "surplus":
             document.write_text(json.dumps(body | {"code": "import os"}))
         case "step":
