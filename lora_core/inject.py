@@ -10,9 +10,11 @@ from transformers.pytorch_utils import Conv1D
 from lora_core.config import CLASSIFIER_HEADS, LoraConfig, match_targets
 from lora_core.embeddings import TiedTokenOutputs, TokenOutputs, TokenRows
 from lora_core.errors import BadConfig, UnknownTargetModules
+from lora_core.experts import LoraExperts, expert_targets
+from lora_core.fused import fused_layer, is_fused
 from lora_core.layer import AdapterLayer, LoraLayer
 from lora_core.layers import LoraConv1D
-from lora_core.targets import PRESETS, matches, saving
+from lora_core.targets import PAPER, PRESETS, matches, saving
 from lora_core.variants import LORA, Kinds, kinds_for
 from lora_core.whole import SavedModule, TrainedBias
 
@@ -45,7 +47,7 @@ def inject(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
             parameter.requires_grad = True
         raise
     put_in(model, layers)
-    return sorted(path for path, layer in layers.items() if isinstance(layer, LoraLayer))
+    return sorted(path for path, layer in layers.items() if isinstance(layer, (LoraLayer, LoraExperts)))
 
 
 def put_in(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
@@ -61,19 +63,10 @@ def put_in(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
 
 def make_layers(model: nn.Module, config: LoraConfig, seed: int | None) -> dict[str, AdapterLayer]:
     """Path → the layer to put there, its base module frozen. Without a `seed` factors have no numbers yet."""
-    if adapter_layers(model):
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise BadConfig("the model has adapted layers already; eject them first")
-    if config.target_parameters:
-        raise BadConfig("target_parameters is set, and no layer here does that yet")
     modules: dict[str, Any] = dict(model.named_modules())
-    layers: dict[str, AdapterLayer] = {}
-    for path in _targeted(model, modules, config):
-        kind = layer_class(modules[path], kinds_for(config))
-        if kind is None:
-            raise BadConfig(f"{path}, a {type(modules[path]).__name__}, is adapted by LoRA, but not by this variant")
-        layers[path] = kind.from_config(modules[path], path, config, seed)
-    if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
-        raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")
+    layers: dict[str, AdapterLayer] = {**_lora_layers(model, modules, config, seed)}
     for path in _saved(modules, config):
         layers[path] = SavedModule(modules[path], path=path)
     for path, layer in _token_layers(model, modules, config).items():
@@ -117,9 +110,26 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in adapter_layers(model).items() if isinstance(module, LoraLayer)}
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A and lora_B of every LoRA layer, in the order of paths."""
-    return [factor for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)]
+def _lora_layers(
+    model: Any, modules: Mapping[str, nn.Module], config: LoraConfig, seed: int | None
+) -> dict[str, LoraLayer]:
+    layers: dict[str, LoraLayer] = {}
+    kinds = kinds_for(config)
+    for path in _targeted(model, modules, config):
+        kind = layer_class(modules[path], kinds)
+        if kind is None:
+            raise BadConfig(f"{path}, a {type(modules[path]).__name__}, is adapted by LoRA, but not by this variant")
+        if config.target_modules == PAPER and is_fused(path):
+            if kinds is not LORA:
+                raise BadConfig(f"queries and values of {path} are adapted apart by plain LoRA only; name the layer")
+            layers[path] = fused_layer(modules[path], path, config, seed, model.config)
+        else:
+            layers[path] = kind.from_config(modules[path], path, config, seed)
+    for path in expert_targets(modules, config):
+        layers[path] = LoraExperts.from_config(modules[path], path, config, seed)
+    if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
+        raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")
+    return layers
 
 
 def _targeted(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
@@ -131,7 +141,7 @@ def _targeted(model: nn.Module, modules: Mapping[str, nn.Module], config: LoraCo
         named = any(matches(name, target) for target in config.target_modules)
         if named and not layer_class(module) and not saving(name, config.saved_names()):
             raise BadConfig(f"target_modules names {name}, a {type(module).__name__}, which is not adapted")
-    if not paths:
+    if not paths and not config.target_parameters:
         raise BadConfig("no target_modules are left: all are excluded, saved whole or in other layers")
     return paths
 

@@ -60,7 +60,8 @@ class AdapterLayer(nn.Module):
                 raise ShapeMismatch(f"{self.path}.{name} has shape {list(tensor.shape)}, not {wanted}")
         for name, tensor in tensors.items():
             if own[name].is_meta:
-                given = tensor.to(self.base_layer.weight.device, torch.float32)
+                device = next(self.base_layer.parameters()).device
+                given = tensor.to(device, torch.float32)
                 setattr(self, self.TENSORS[name], nn.Parameter(given))
             else:
                 own[name].copy_(tensor)
@@ -107,7 +108,7 @@ class LoraLayer(AdapterLayer):
         self.register_parameter("lora_B_bias", None)
 
     @classmethod
-    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int | None) -> Self:
+    def from_config(cls, base_layer: Any, path: str, config: LoraConfig, seed: int | None, **more: Any) -> Self:
         """The layer that `config` asks for in the place `path`. BadConfig if this kind of module cannot be that."""
         layer = cls(
             base_layer,
@@ -117,6 +118,7 @@ class LoraLayer(AdapterLayer):
             lora_dropout=config.lora_dropout,
             seed=seed,
             **cls.options(config),
+            **more,
         )
         bias = getattr(base_layer, "bias", None)
         if config.bias != "none" and bias is not None:

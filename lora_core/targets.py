@@ -19,8 +19,8 @@ QUERY_AND_VALUE = (
     ("c_attn",),
     ("query_key_value",),
     ("qkv_proj",),
-    ("Wqkv",),
 )
+FUSED = tuple(names[0] for names in QUERY_AND_VALUE if len(names) == 1)
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
 
 

@@ -10,7 +10,8 @@ from lora_core.adapter import load_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig, KeyMismatch, LoraError, ShapeMismatch, UnknownTargetModules
 from lora_core.gate import check_adapter
-from lora_core.inject import adapter_disabled, eject, inject, lora_layers, lora_parameters
+from lora_core.inject import adapter_disabled, eject, inject, lora_layers
+from lora_core.trainable import trained_parameters
 from tests.lora_core.adapters import TOKENS, logits, make_peft_adapter
 from tests.tiny import make_base
 
@@ -29,7 +30,7 @@ def load(base: Path):
 
 def randomize(model) -> None:
     generator = torch.Generator().manual_seed(5)
-    for parameter in lora_parameters(model):
+    for parameter in trained_parameters(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
@@ -125,7 +126,7 @@ def test_injection_freezes_all_but_the_factors(llama):
     inject(model, LoraConfig(r=2, target_modules=("v_proj",)), 0)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable == [f"model.layers.{layer}.self_attn.v_proj.lora_{factor}" for layer in (0, 1) for factor in "AB"]
-    assert len(lora_parameters(model)) == 4
+    assert len(trained_parameters(model)) == 4
 
 
 def test_ejecting_gives_the_base_back(llama):

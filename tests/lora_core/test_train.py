@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lora_core.config import LoraConfig
 from lora_core.data import IGNORED, tokenize_rows
 from lora_core.errors import BadConfig, NoGradient, TrainingDiverged
-from lora_core.inject import inject, lora_layers, lora_parameters
+from lora_core.inject import inject, lora_layers
 from lora_core.loss import collate, loss_sum
 from lora_core.model import load_base
 from lora_core.schedule import lr_factor
@@ -26,7 +26,7 @@ def prepared(base: Path, n=24, *, seed=0, **settings):
 
 
 def factors(model) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in lora_parameters(model)]
+    return [parameter.detach().clone() for parameter in trained_parameters(model).values()]
 
 
 def cut(examples, lengths):
@@ -128,7 +128,7 @@ def test_max_steps_cuts_the_run(llama):
 def test_a_loss_that_is_not_a_number_is_divergence(llama):
     model, examples = prepared(llama)
     with torch.no_grad():
-        lora_parameters(model)[0][0, 0] = math.nan
+        next(iter(trained_parameters(model).values()))[0, 0] = math.nan
     with pytest.raises(TrainingDiverged) as caught:
         train(model, examples, CONFIG)
     assert (caught.value.code, caught.value.details) == ("training_diverged", {"step": 1})
@@ -194,7 +194,7 @@ def test_bfloat16_base_trains_float32_factors(tmp_path):
     before = evaluate(model, examples)
     train(model, examples, CONFIG)
     assert evaluate(model, examples) < before
-    assert {parameter.dtype for parameter in lora_parameters(model)} == {torch.float32}
+    assert {parameter.dtype for parameter in trained_parameters(model).values()} == {torch.float32}
 
 
 def test_an_adapted_output_layer_trains(llama):
