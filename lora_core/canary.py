@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_core.adapter import load_adapter
 from lora_core.base import check_base
-from lora_core.errors import LoraError, NotFaithful
+from lora_core.errors import LoraError, NonFinite, NotFaithful
 from lora_core.faithful import Comparison, PromptDifference
 from lora_core.inject import adapter_layers, lora_layers
 from lora_core.merge_options import Start
@@ -138,6 +138,8 @@ def _say(base_dir: Path, adapter_dir: Path, start: Start, scale: float) -> _Said
     for layer in lora_layers(model).values():
         layer.scaling *= scale
     adapter = logits_of(model.eval(), prompts)
+    if not all(rows.isfinite().all() for rows in adapter):
+        raise NonFinite("base and adapter answer a canary prompt with NaN or infinity")
     changed = tuple(adapter_layers(model))
     del model
     gc.collect()
@@ -170,6 +172,8 @@ def _leave_four_bits(model: nn.Module, dtype: torch.dtype) -> None:
 def _difference(prompt: Prompt, adapter: Tensor, merged: Tensor) -> PromptDifference:
     if adapter.shape != merged.shape:
         raise NotFaithful(f"the merged model has {merged.shape[1]} tokens, base and adapter {adapter.shape[1]}")
+    if not merged.isfinite().all():
+        raise NotFaithful("the merged model answers a canary prompt with NaN or infinity")
     kl = _kl(adapter, merged)
     return PromptDifference(
         name=prompt.name,
@@ -182,9 +186,9 @@ def _difference(prompt: Prompt, adapter: Tensor, merged: Tensor) -> PromptDiffer
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(first ‖ second) of each row of logits, float64; NaN counts as infinitely far."""
+    """KL(first ‖ second) of each row of logits, float64."""
     p, q = first.double().log_softmax(-1), second.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
 
 
 def _median_kl(first: list[Tensor], second: list[Tensor]) -> float:

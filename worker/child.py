@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lora_core.errors import LoraError
 from worker.protocol import EXIT_STOPPED, ErrorClass, ErrorMessage
 from worker.reporter import Reporter, Stopped
-from worker.task import TrainTask, read_task
+from worker.task import CanaryTask, TrainTask, read_task
 
 if TYPE_CHECKING:
     from worker.kept_base import KeptBase
@@ -30,6 +30,7 @@ USER_CODES = frozenset(
         "bad_config",
         "invalid_training_file",
         "key_mismatch",
+        "merge_not_faithful",
         "no_gradient",
         "no_trainable_tokens",
         "non_finite",
@@ -66,6 +67,11 @@ def do_task(workspace: Path, reporter: Reporter) -> bool:
 
         reporter.write(train_adapter(task, workspace, reporter, kept_base()))
         return task.stay and not has_children() and kept_base().offer(reporter)
+    if isinstance(task, CanaryTask):
+        from worker.canary_child import compare_merge
+
+        reporter.write(compare_merge(task, workspace, reporter))
+        return False
     from worker.merge_child import merge_adapter
 
     reporter.write(merge_adapter(task, workspace, reporter))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from lora_core import strict_json
 from lora_core.base import CONFIG_FILE
-from lora_core.merge import MergeReport, merge
+from lora_core.merge import Dtype, MergeReport, merge
 from lora_core.plan import from_nf4, plan_merge
 from lora_core.recipe import Recipe
 from lora_core.shards import open_checkpoint
+from registry.jobs.spec import MergeOptions
 from worker.certificate import write_certificate
 from worker.protocol import ResultMessage, StepMessage
 from worker.reporter import Reporter
@@ -36,13 +37,18 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
         task.adapter_dir,
         workspace / OUT,
         recipe=recipe,
-        dtype=None if options.dtype == "base" else options.dtype,
+        dtype=dtype_of(options),
         scale=options.scale,
         shard_size=options.shard_size,
         on_progress=on_progress,
     )
-    write_certificate(workspace, report.tensors, recipe.config_changes)
+    write_certificate(workspace, report, recipe.config_changes)
     return ResultMessage(metrics=summarize(report))
+
+
+def dtype_of(options: MergeOptions) -> Dtype | None:
+    """lora_core's word for it."""
+    return None if options.dtype == "base" else options.dtype
 
 
 def read_or_make_recipe(task: MergeTask) -> Recipe:

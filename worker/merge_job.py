@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_core.base import is_base_file
 from lora_core.digest import folder_digest
+from lora_core.merge import FileReport
 from registry.db import transaction
 from registry.failpoints import hit
 from registry.jobs.inputs import MergeInputs, merge_inputs
@@ -12,16 +13,16 @@ from registry.jobs.publish import publish_merge
 from registry.jobs.spec import MergeOptions
 from registry.models import Job
 from worker.attempt import Attempt
-from worker.certificate import read_certificate
+from worker.certificate import Canary, read_canary, read_certificate
 from worker.errors import JobFailed
 from worker.heart import Heart
 from worker.host import Host
 from worker.inputs import fetch_base, fetch_file, read_inputs
 from worker.merge_recipe import RECIPE_FILE
 from worker.protocol import ResultMessage
-from worker.publish import TOKENIZER_FILES, OutputFile, conclude, describe, store_outputs
+from worker.publish import TOKENIZER_FILES, OutputFile, conclude, store_outputs
 from worker.run_task import run_task
-from worker.task import OUT, MergeTask
+from worker.task import OUT, CanaryTask, MergeTask
 
 
 def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: Path) -> None:
@@ -41,6 +42,7 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, options=options)
     result = run_task(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
     hit("merge.merged")
+    run_task(host, attempt, CanaryTask(merge=task), workspace, base_digest=inputs.version.base.digest)
     _publish(host, attempt, heart, inputs, workspace=workspace, result=result)
 
 
@@ -49,10 +51,12 @@ def _publish(
 ) -> None:
     attempt.news.phase("publishing")
     out = workspace / OUT
-    certificate = read_certificate(workspace)
-    files = merged_files(out)
+    certificate, told = read_certificate(workspace)
+    canary = read_canary(workspace)
+    attempt.news.note(tell(canary), level="info" if canary.run else "warn")
+    files = merged_files(out, told)
     blobs = store_outputs(host, attempt, out, files)
-    report = make_report(inputs, files, result) | certificate
+    report = make_report(inputs, files, result) | certificate | {"canary": canary.model_dump()}
 
     def publish() -> None:
         with transaction(host.sessions) as session:
@@ -70,13 +74,28 @@ def _publish(
     conclude(attempt, heart, publish)
 
 
-def merged_files(out: Path) -> list[OutputFile]:
-    """What lies in `out`, by name; JobFailed for a file that does not belong into a model."""
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    strange = [name for name in names if not is_base_file(name)]
-    if out.is_symlink() or strange or not any(name.endswith(".safetensors") for name in names):
+def tell(canary: Canary) -> str:
+    """The comparison in a sentence."""
+    if not canary.run:
+        return f"The merged model was not compared with base and adapter: {canary.reason}."
+    same = f"{len(canary.prompts)} canary prompts"
+    return f"On {same} the merged model says what base and adapter say (KL {canary.kl:.2g} nats at the median token)."
+
+
+def merged_files(out: Path, told: list[FileReport]) -> list[OutputFile]:
+    """The files of `out` by name, none other than those that were told of; JobFailed otherwise, and for what does not
+    belong into a model. Their digests were taken as they were written, and are compared once more as they are stored.
+    """
+    found = {} if out.is_symlink() or not out.is_dir() else {path.name: path for path in out.iterdir()}
+    files = sorted((OutputFile(file.path, file.size, file.sha256) for file in told), key=lambda file: file.path)
+    is_model = all(map(is_base_file, found)) and any(name.endswith(".safetensors") for name in found)
+    if not is_model or [file.path for file in files] != sorted(found):
         raise JobFailed("bug", "invalid_output", "The merge left files that are not a model.")
-    return [describe(out, name) for name in names]
+    for file in files:
+        path = found[file.path]
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.size:
+            raise JobFailed("bug", "invalid_output", f"The merge did not leave the file {file.path} it told of.")
+    return files
 
 
 def make_report(inputs: MergeInputs, files: list[OutputFile], result: ResultMessage) -> dict[str, Any]:

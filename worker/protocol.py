@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 MAX_LINE_BYTES = 64 * 2**10
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, nothing is wrong
 
-Phase = Literal["loading", "tokenizing", "training", "saving", "merging"]
+Phase = Literal["loading", "tokenizing", "training", "saving", "merging", "comparing"]
 ErrorClass = Literal["user", "diverged", "oom", "infra", "bug"]
 
 

@@ -43,7 +43,16 @@ class MergeTask(BaseModel):
     options: MergeOptions
 
 
-Task = TrainTask | MergeTask
+class CanaryTask(BaseModel):
+    """Compare the model in `out/` with what it was merged from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["canary"] = "canary"
+    merge: MergeTask
+
+
+Task = TrainTask | MergeTask | CanaryTask
 _PARSER: TypeAdapter[Task] = TypeAdapter(Annotated[Task, Field(discriminator="kind")])
 
 

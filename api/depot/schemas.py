@@ -74,6 +74,24 @@ MERGE = {
         "untied": False,
         "unmatched_keys": 0,
         "tokenizer": {"tokenizer.json": _SHA256},
+        "canary": {
+            "run": True,
+            "reason": None,
+            "kl": 1.6e-6,
+            "rounding_kl": 2.9e-6,
+            "effect_kl": 0.037,
+            "losses": {"base": 3.121, "adapter_on_original": 2.874, "merged_original": 2.874},
+            "prompts": [
+                {
+                    "name": "question_1",
+                    "tokens": 18,
+                    "kl_mean": 1.9e-6,
+                    "kl_max": 8.3e-6,
+                    "max_logit_difference": 0.021,
+                    "top1_agreement": 1.0,
+                }
+            ],
+        },
     },
     "files": [{"path": "model.safetensors", "bytes": 1192000000, "sha256": _SHA256}],
     "created_at": 1790000200,

@@ -1,22 +1,39 @@
-"""What the merging child measured, on its way to the report."""
+"""What the merging children measured, on its way to the report."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lora_core.merge import TensorReport
-from worker.certificate import CERTIFICATE_FILE, read_certificate, write_certificate
+from lora_core.faithful import Comparison, PromptDifference
+from lora_core.merge import FileReport, MergeReport, TensorReport
+from worker.certificate import (
+    CANARY_FILE,
+    CERTIFICATE_FILE,
+    Canary,
+    read_canary,
+    read_certificate,
+    write_canary,
+    write_certificate,
+)
 from worker.errors import JobFailed
+from worker.merge_job import merged_files, tell
 
 TENSOR = TensorReport("lm_head.weight", relative_delta=0.1, rounding_loss=0.01, cosine=0.99, changed_share=1.0)
+FILE = FileReport("model.safetensors", 3, "ab" * 32)
+PROMPT = PromptDifference("text_1", 12, kl_mean=1e-6, kl_max=1e-5, max_logit_difference=0.1, top1_agreement=1.0)
 
 
 @pytest.mark.parametrize(("changes", "untied"), [({"tie_word_embeddings": False}, True), ({"vocab_size": 9}, False)])
 def test_what_was_written_is_read(tmp_path: Path, changes: dict[str, object], untied: bool) -> None:
-    write_certificate(tmp_path, [TENSOR], changes)
+    write_certificate(tmp_path, MergeReport("base", [TENSOR], 0, [FILE]), changes)
     numbers = {"relative_delta": 0.1, "rounding_loss": 0.01, "cosine": 0.99, "changed_share": 1.0}
     expected = {"tensors": [{"name": "lm_head.weight", **numbers}], "untied": untied, "unmatched_keys": 0}
-    assert read_certificate(tmp_path) == expected
+    assert read_certificate(tmp_path) == (expected, [FILE])
+
+
+GOOD: dict[str, Any] = {"tensors": [], "untied": False, "files": []}
 
 
 @pytest.mark.parametrize(
@@ -24,10 +41,12 @@ def test_what_was_written_is_read(tmp_path: Path, changes: dict[str, object], un
     [
         "",
         "[]",
-        '{"tensors": []}',
-        '{"tensors": [], "untied": false, "live": true}',
-        '{"untied": false, "tensors": [{"name": "x", "relative_delta": NaN, "rounding_loss": 0, "cosine": 0, '
-        '"changed_share": 0}]}',
+        json.dumps({"tensors": [], "files": []}),
+        json.dumps(GOOD | {"live": True}),
+        json.dumps(GOOD | {"files": [{"path": "x", "size": -1, "sha256": "ab" * 32}]}),
+        json.dumps(GOOD | {"files": [{"path": "x", "size": 1, "sha256": "AB" * 32}]}),
+        json.dumps(GOOD)[:-1]
+        + ', "tensors": [{"name": "x", "relative_delta": NaN, "rounding_loss": 0, "cosine": 0, "changed_share": 0}]}',
     ],
 )
 def test_what_is_no_certificate_is_refused(tmp_path: Path, text: str) -> None:
@@ -42,3 +61,55 @@ def test_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / CERTIFICATE_FILE).symlink_to("/etc/hostname")
     with pytest.raises(JobFailed, match="no certificate"):
         read_certificate(tmp_path)
+
+
+def test_a_comparison_is_kept_with_every_prompt(tmp_path: Path) -> None:
+    found = Comparison((PROMPT,), kl=1e-6, rounding_kl=2e-6, effect_kl=1e-2, losses={"base": 2.5})
+    write_canary(tmp_path, Canary.of(found))
+    canary = read_canary(tmp_path)
+    assert canary.run
+    assert (canary.kl, canary.rounding_kl, canary.effect_kl, canary.losses) == (1e-6, 2e-6, 1e-2, {"base": 2.5})
+    assert [prompt.model_dump() for prompt in canary.prompts] == [vars(PROMPT)]
+    assert "1 canary prompts" in tell(canary)
+
+
+def test_none_is_told_with_its_reason(tmp_path: Path) -> None:
+    write_canary(tmp_path, Canary(run=False, reason="the model did not fit into memory"))
+    assert tell(read_canary(tmp_path)).endswith(
+        "was not compared with base and adapter: the model did not fit into memory."
+    )
+
+
+def test_a_comparison_of_another_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match="no comparison"):
+        read_canary(tmp_path)
+    (tmp_path / CANARY_FILE).write_text('{"run": true, "kl": NaN}')
+    with pytest.raises(JobFailed, match="comparison that cannot be read"):
+        read_canary(tmp_path)
+
+
+class TestFiles:
+    def test_their_digests_are_those_of_the_child(self, tmp_path: Path) -> None:
+        (tmp_path / FILE.path).write_bytes(b"abc")
+        (found,) = merged_files(tmp_path, [FILE])
+        assert (found.path, found.size, found.sha256) == (FILE.path, FILE.size, FILE.sha256)
+
+    def test_what_lies_there_is_what_was_told(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        with pytest.raises(JobFailed, match="not a model"):
+            merged_files(out, [FILE])
+        out.mkdir()
+        (out / FILE.path).write_bytes(b"abcd")
+        with pytest.raises(JobFailed, match="did not leave the file"):
+            merged_files(out, [FILE])
+        (out / FILE.path).unlink()
+        (out / FILE.path).symlink_to("/etc/hostname")
+        with pytest.raises(JobFailed, match="did not leave the file"):
+            merged_files(out, [FILE])
+        (out / FILE.path).unlink()
+        (out / FILE.path).write_bytes(b"abc")
+        with pytest.raises(JobFailed, match="not a model"):
+            merged_files(out, [])
+        (out / "setup.py").write_bytes(b"")
+        with pytest.raises(JobFailed, match="not a model"):
+            merged_files(out, [FILE, FileReport("setup.py", 0, "ab" * 32)])

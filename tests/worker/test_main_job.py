@@ -1,6 +1,7 @@
 """The real trainer and the real merge under the real worker: what comes out, others can load."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
 from lora_core.merge import merge as fold
+from lora_core.plan import plan_merge
 from lora_core.recipe import Recipe
 from registry.db import transaction
+from registry.jobs.lease import claim
+from registry.jobs.publish import publish_version
 from registry.jobs.spec import MergeOptions
 from registry.merges import request_merge
-from registry.models import Merge, MergeFile, Version, VersionFile
+from registry.models import Alias, Merge, MergeFile, Version, VersionFile
 from tests.worker.conftest import StartWorker
-from tests.worker.depot import BASE_NAME, Depot, metrics_of, wait_until
+from tests.worker.depot import BASE_NAME, Depot, metrics_of, upload, wait_until
 
 APP = "worker.app"
 
@@ -76,6 +80,11 @@ def check_certificate(report: dict[str, Any], digests: dict[str, str]) -> None:
         assert tensor["cosine"] > 0.999
         assert tensor["changed_share"] > 0.9
     assert (report["unmatched_keys"], report["untied"]) == (0, False)
+    canary = report["canary"]
+    assert (canary["run"], canary["reason"], len(canary["prompts"])) == (True, None, 10)
+    assert canary["kl"] < 1e-9 < canary["effect_kl"]
+    assert min(prompt["top1_agreement"] for prompt in canary["prompts"]) == 1
+    assert canary["losses"]["merged_original"] < canary["losses"]["base"]
     assert report["tokenizer"] == {
         name: sha256 for name, sha256 in digests.items() if "token" in name or "chat" in name
     }
@@ -103,6 +112,50 @@ def test_a_merge_has_the_scale_and_the_shards_that_were_asked_for(
     assert len([path for path in expected if path.endswith(".safetensors")]) > 1
     assert report is not None
     assert (report["scale"], report["shard_size"]) == (0.25, 2**16)
+
+
+def test_a_merge_that_is_not_its_adapter_is_not_published(
+    depot: Depot, start_worker: StartWorker, base_dir: Path, adapter_dir: Path
+) -> None:
+    """By a recipe that scales one of the changes twice as much as the adapter's configuration says."""
+    recipe = plan_merge(base_dir, adapter_dir).recipe
+    name, tensor = next(iter(recipe.tensors.items()))
+    doubled = replace(tensor, terms=tuple(replace(term, scaling=2 * term.scaling) for term in tensor.terms))
+    wrong = replace(recipe, tensors={**recipe.tensors, name: doubled})
+    version = publish(depot, adapter_dir, wrong)
+    with transaction(depot.sessions) as session:
+        merge, _ = request_merge(session, version=version, options=MergeOptions(dtype="float32"), alias="prod")
+    start_worker(APP)
+    wait_until(lambda: depot.job(merge.job_id).state == "failed", seconds=120)
+    job = depot.job(merge.job_id)
+    assert (job.error_class, job.error_code, job.attempt) == ("user", "merge_not_faithful", 1)
+    assert "does not say what base and adapter say" in (job.error_message or "")
+    with transaction(depot.sessions) as session:
+        assert session.scalars(select(MergeFile)).all() == []
+        assert session.scalars(select(Merge)).one().report is None
+        assert session.scalars(select(Alias)).all() == []
+
+
+def publish(depot: Depot, adapter: Path, recipe: Recipe) -> Version:
+    """The adapter as a version, without any training."""
+    job_id = depot.submit()
+    with transaction(depot.sessions) as session:
+        job = claim(session, queues=["default"], worker="test", lease_seconds=60)
+        assert job is not None
+        fence = job.fence or 0
+    files = {path.name: upload(depot, path, "fine-tune").blob_id for path in sorted(adapter.iterdir())}
+    with transaction(depot.sessions) as session:
+        publish_version(
+            session,
+            job_id=job_id,
+            fence=fence,
+            files=files,
+            manifest={},
+            metrics=None,
+            trained_tokens=None,
+            merge_recipe=recipe.to_json().decode(),
+        )
+    return depot.versions()[0]
 
 
 def check_records(depot: Depot, version: Version, files: list[VersionFile]) -> None:

@@ -1,0 +1,75 @@
+"""The canary task, in the child process: whether the merged model says what base and adapter say together."""
+
+import shutil
+import traceback
+from pathlib import Path
+
+import torch
+
+from lora_core.base import check_base
+from lora_core.canary import compare
+from lora_core.errors import LoraError, NotFaithful
+from lora_core.faithful import why_unfaithful
+from lora_core.merge import merge
+from lora_core.merge_options import Start
+from worker.certificate import Canary, write_canary
+from worker.memory import available_bytes
+from worker.merge_child import dtype_of, read_or_make_recipe
+from worker.protocol import ResultMessage
+from worker.reporter import Reporter
+from worker.task import OUT, CanaryTask
+
+# float32 numbers of one model, and room for a shard and the logits.
+_BYTES_PER_PARAMETER = 4 * 1.25
+
+
+def compare_merge(task: CanaryTask, workspace: Path, reporter: Reporter) -> ResultMessage:
+    """Write the comparison, or why there is none. NotFaithful if the merge must not be published."""
+    reporter.phase("comparing")
+    write_canary(workspace, _compare(task, workspace))
+    return ResultMessage()
+
+
+def _compare(task: CanaryTask, workspace: Path) -> Canary:
+    options, dtype = task.merge.options, check_base(workspace / OUT).dtype
+    try:
+        if reason := _lacks_memory(task.merge.base_dir):
+            return Canary(run=False, reason=reason)
+        merged: dict[Start, Path] = {options.start: workspace / OUT}
+        if options.start == "nf4":
+            merged["original"] = _merge_original(task, workspace / "original")
+        found = compare(task.merge.base_dir, task.merge.adapter_dir, merged, start=options.start, scale=options.scale)
+    except NotFaithful:
+        raise
+    except LoraError as error:  # of the base or the adapter, which a merge can do with and torch here cannot
+        traceback.print_exc()
+        return Canary(run=False, reason=error.message[:2000])
+    except (MemoryError, torch.OutOfMemoryError):
+        return Canary(run=False, reason="the model did not fit into memory")
+    finally:
+        shutil.rmtree(workspace / "original", ignore_errors=True)
+    if verdict := why_unfaithful(found, dtype):
+        raise NotFaithful(verdict)
+    return Canary.of(found)
+
+
+def _merge_original(task: CanaryTask, out: Path) -> Path:
+    """The same merge into the base as it is stored, to state the loss of both."""
+    plain = task.merge.model_copy(update={"options": task.merge.options.model_copy(update={"start": "original"})})
+    merge(
+        plain.base_dir,
+        plain.adapter_dir,
+        out,
+        recipe=read_or_make_recipe(plain),
+        dtype=dtype_of(plain.options),
+        scale=plain.options.scale,
+    )
+    return out
+
+
+def _lacks_memory(base_dir: Path) -> str | None:
+    needed = check_base(base_dir).parameter_count * _BYTES_PER_PARAMETER
+    free = available_bytes()
+    if free is None or needed <= free:
+        return None
+    return f"it takes about {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB were free"
