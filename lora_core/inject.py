@@ -11,9 +11,9 @@ from lora_core.config import CLASSIFIER_HEADS, LoraConfig, match_targets
 from lora_core.embeddings import TiedTokenOutputs, TokenOutputs, TokenRows
 from lora_core.errors import BadConfig, UnknownTargetModules
 from lora_core.experts import LoraExperts, expert_targets
-from lora_core.fused import fused_layer, is_fused
 from lora_core.layer import AdapterLayer, LoraLayer
 from lora_core.layers import LoraConv1D
+from lora_core.query_value import is_fused, query_value_layer
 from lora_core.targets import PAPER, PRESETS, matches, saving
 from lora_core.variants import LORA, Kinds, kinds_for
 from lora_core.whole import SavedModule, TrainedBias
@@ -122,7 +122,7 @@ def _lora_layers(
         if config.target_modules == PAPER and is_fused(path):
             if kinds is not LORA:
                 raise BadConfig(f"queries and values of {path} are adapted apart by plain LoRA only; name the layer")
-            layers[path] = fused_layer(modules[path], path, config, seed, model.config)
+            layers[path] = query_value_layer(modules[path], path, config, seed, model.config)
         else:
             layers[path] = kind.from_config(modules[path], path, config, seed)
     for path in expert_targets(modules, config):

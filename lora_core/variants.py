@@ -11,10 +11,10 @@ from lora_core.config import CHANGE_THE_START, LoraConfig
 from lora_core.convolutions import LoraConv
 from lora_core.dora import DoraConv, DoraConv1D, DoraEmbedding, DoraLinear
 from lora_core.embeddings import LoraEmbedding
-from lora_core.fused import FusedLinear
 from lora_core.layer import LoraLayer
 from lora_core.layers import LoraConv1D, LoraLinear
 from lora_core.principal import PrincipalConv1D, PrincipalLinear, as_plain
+from lora_core.query_value import QueryValueLinear
 
 Kinds = Mapping[type[nn.Module], type[LoraLayer]]
 
@@ -51,5 +51,6 @@ def as_saved(config: LoraConfig, layers: Mapping[str, LoraLayer]) -> LoraConfig:
     """The configuration that fits the tensors which `layers` save."""
     if isinstance(config, AdaLoraConfig):
         return with_ranks(config, layers)
-    twice = config.init_lora_weights in CHANGE_THE_START or any(isinstance(it, FusedLinear) for it in layers.values())
+    apart = any(isinstance(layer, QueryValueLinear) for layer in layers.values())
+    twice = apart or config.init_lora_weights in CHANGE_THE_START
     return as_plain(config) if twice else config

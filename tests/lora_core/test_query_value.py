@@ -8,10 +8,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter import load_adapter, save_adapter
 from lora_core.errors import BadConfig
-from lora_core.fused import query_and_value_rows
 from lora_core.gate import check_adapter
 from lora_core.inject import inject, lora_layers
 from lora_core.merge import merge
+from lora_core.query_value import query_and_value_rows
 from lora_core.trainable import trained_parameters
 from tests.lora_core.kinds import MODELS, Kind, causal
 
