@@ -1,6 +1,6 @@
 """Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def export_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if any(saved_module(path, found) not in (*whole, None) for path in every):
         found = whole
     config = replace(config, modules_to_save=tuple(found))
-    return replace(config, fan_in_fan_out=all(isinstance(layer, LoraConv1D) for layer in layers.values()))
+    return replace(config, fan_in_fan_out=_all_conv1d(layers.values()))
 
 
 def load_adapter(model: nn.Module, directory: Path) -> LoraConfig:
@@ -125,3 +125,8 @@ def _spelt_out(config: LoraConfig, adapted: list[str], every: list[str]) -> tupl
     suffixes = tuple(sorted({path.rpartition(".")[2] for path in adapted}))
     same = match_targets(replace(config, target_modules=suffixes), every) == sorted(adapted)
     return suffixes if same else tuple(sorted(adapted))
+
+
+def _all_conv1d(layers: Iterable[AdapterLayer]) -> bool:
+    found = [isinstance(layer, LoraConv1D) for layer in layers]
+    return bool(found) and all(found)

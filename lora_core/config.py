@@ -26,6 +26,8 @@ MAX_CONFIG_BYTES = 2**20
 CLASSIFIER_HEADS = ("classifier", "score")
 # Starts from the base's own principal directions, which is therefore trained without them.
 CHANGE_THE_START = ("pissa", "olora")
+# PEFT has laid out the factors of experts as the module says since then.
+EXPERTS_SINCE = (0, 19, 1)
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")
 
 # Written by PEFT with a value that is not "empty" and that means nothing for a plain LoRA.
@@ -100,6 +102,8 @@ class LoraConfig:
             raise BadConfig("lora_bias and use_dora exclude each other: no method says what both would be")
         if self.use_dora and self.init_lora_weights in CHANGE_THE_START:
             raise BadConfig("use_dora starts from the base itself: init_lora_weights must be true or gaussian")
+        if nameless := [name for name in self.target_parameters if "." not in name]:
+            raise BadConfig(f"target_parameters holds {nameless[0]}; it must name the module as well")
         if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out):
             raise BadConfig("lora_dropout, use_dora, lora_bias and fan_in_fan_out do not go with target_parameters")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
@@ -135,6 +139,8 @@ class LoraConfig:
         for name in ("modules_to_save", "layers_pattern", "layers_to_transform"):
             document[name] = document[name] or None
         document |= {"peft_type": "LORA", "inference_mode": True, "auto_mapping": None}
+        if self.target_parameters:  # how their factors lie depends on it
+            document["peft_version"] = ".".join(map(str, EXPERTS_SINCE))
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
@@ -156,15 +162,9 @@ class LoraConfig:
         if missing := sorted({"r", "lora_alpha", "target_modules"} - document.keys()):
             raise BadConfig(f"adapter_config.json lacks {', '.join(missing)}")
         known = {item.name for item in fields(cls)}
-        for name in sorted(document.keys() - known - _WITHOUT_EFFECT):
-            if document[name]:
-                raise BadConfig(f"{name[:80]} is not supported here, and this adapter sets it")
-        if document.get("init_lora_weights") in CHANGE_THE_START:
-            raise BadConfig(
-                f"init_lora_weights is {document['init_lora_weights']}: such factors fit a changed base only"
-            )
+        _refuse(document, known)
         given = {name: value for name, value in document.items() if name in known}
-        given["target_modules"] = config_fields.as_tuple(given["target_modules"])
+        given["target_modules"] = config_fields.as_tuple(given["target_modules"] or ())
         if isinstance(given["target_modules"], str) and given["target_modules"] not in PRESETS and modules:
             given["target_modules"] = tuple(modules)
         for name in ("modules_to_save", "exclude_modules", "layers_pattern", "target_parameters"):
@@ -178,6 +178,17 @@ class LoraConfig:
         if isinstance(given["trainable_token_indices"], list):
             given["trainable_token_indices"] = {"": given["trainable_token_indices"]}
         return cls(**given)
+
+
+def _refuse(document: Mapping[str, Any], known: set[str]) -> None:
+    for name in sorted(document.keys() - known - _WITHOUT_EFFECT):
+        if document[name]:
+            raise BadConfig(f"{name[:80]} is not supported here, and this adapter sets it")
+    if (start := document.get("init_lora_weights")) in CHANGE_THE_START:
+        raise BadConfig(f"init_lora_weights is {start}: such factors fit a changed base only")
+    if document.get("target_parameters") and config_fields.version(document.get("peft_version")) < EXPERTS_SINCE:
+        since = ".".join(map(str, EXPERTS_SINCE))
+        raise BadConfig(f"target_parameters: before PEFT {since} factors of experts lay otherwise; merge it instead")
 
 
 def scaling(alpha: float, r: int, *, use_rslora: bool) -> float:

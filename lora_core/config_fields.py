@@ -90,6 +90,12 @@ def check_order(name: str, pattern: Any) -> None:
         raise BadConfig(f"{name} has overlapping keys in another order than PEFT writes them; sort them")
 
 
+def version(value: Any) -> tuple[int, int, int]:
+    """`peft_version`; (0, 0, 0) of those that did not write it, all before 0.18."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", value) if isinstance(value, str) else None
+    return (int(match[1]), int(match[2]), int(match[3])) if match else (0, 0, 0)
+
+
 def check_path(name: str, value: Any) -> None:
     # PEFT reads some of these as regular expressions; a plain dotted path means the same to both.
     if not isinstance(value, str) or len(value) > 256 or not _MODULE_PATH.fullmatch(value):

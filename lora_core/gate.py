@@ -127,10 +127,12 @@ def _sizes(found: ModuleFactors) -> tuple[int, int, int]:
 def _check_factors(module: AdaptedModule, config: AdapterConfig) -> ModuleFactors:
     found = find_factors(module, config)
     parameters = targeted_parameters(module.path, config)
-    key = f"{module.path}.{parameters[0]}" if parameters else module.path
-    r = config.rank_for(key)
-    # which experts there are the base alone knows
-    times = found.lora_A.shape[0] // r if parameters and r and found.lora_A.shape else 1
+    rows = found.lora_A.shape[0] if found.lora_A.shape else 0
+    r, times = config.rank_for(module.path), 1
+    if parameters:  # which of them it is, and how many experts there are, the base alone knows
+        ranks = [config.rank_for(f"{module.path}.{name}") or 1 for name in parameters]
+        r = next((rank for rank in ranks if rows % rank == 0), ranks[0])
+        times = rows // r
     check_ranks(found.lora_A, found.lora_B, found.lora_E, r, times)
     if ("lora_bias" in module.roles) is not config.lora_bias:
         raise KeyMismatch(f"{module.path} and the config disagree on whether lora_B has a bias")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lora_core import strict_json
+from lora_core import config_fields, strict_json
 from lora_core.config import MAX_CONFIG_BYTES, MAX_RANK, scaling
 from lora_core.errors import BadConfig
 from lora_core.targets import lookup, matches
@@ -113,7 +113,7 @@ class AdapterConfig:
             bias=document.get("bias", "none"),
             init_r=int(init_r) if init_r else None,
             exclude_modules=_excluded(document),
-            peft_version=_version(document.get("peft_version")),
+            peft_version=config_fields.version(document.get("peft_version")),
             **{name: bool(document.get(name)) for name in _FLAGS},
         )
 
@@ -198,8 +198,3 @@ def _tokens(value: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         if len(set(indices)) != len(indices):
             raise BadConfig("trainable_token_indices names a token twice")
         yield name, tuple(indices)
-
-
-def _version(value: Any) -> tuple[int, int, int]:
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", value) if isinstance(value, str) else None
-    return (int(match[1]), int(match[2]), int(match[3])) if match else (0, 0, 0)
