@@ -85,7 +85,7 @@ def read_layers(model: nn.Module, directory: Path) -> tuple[LoraConfig, dict[str
     """
     form = inspect_adapter(directory)
     tensors = read_tensors(directory / WEIGHTS_FILE, form.header)
-    form.check_learned(lambda name: not tensors[name].any())
+    form.check_learned(lambda name: not tensors[name].float().numpy().any())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         layers = make_layers(model, form.facts.config, seed=None)

@@ -1,0 +1,205 @@
+"""One base in memory and many adapters beside it: one of them at a time, or another one for each row of a batch.
+
+Attached, an adapter's layers stand in the model where the base's modules stood; merged, the base's modules have other
+weights. The base's own tensors are never written to: what was taken away is put back, so it is the same bit for bit
+after any number of switches, and a matrix that two modules share is changed for the adapted one only.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapter import read_layers
+from lora_core.addition import add_deltas
+from lora_core.config import LoraConfig
+from lora_core.errors import BadConfig, UnknownAdapter
+from lora_core.inject import adapter_layers
+from lora_core.layer import AdapterLayer, LoraLayer
+from lora_core.mixed import mixed_layers
+
+How = Literal["attached", "merged"]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where a module of the base stands."""
+
+    parent: nn.Module
+    child: str
+    base: nn.Module
+
+    def put(self, module: nn.Module) -> None:
+        setattr(self.parent, self.child, module)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    config: LoraConfig
+    layers: Mapping[str, AdapterLayer]
+
+
+class LiveModel:
+    """`model` with adapters in memory, for inference: it is frozen. Not for several threads at once.
+
+    `active` is the adapter at work, None for the base; `how` says whether its layers are attached or its product
+    is merged into weights. Move the model to its device before adapters are loaded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if adapter_layers(model):
+            raise BadConfig("the model has adapted layers already; eject them first")
+        self.model = model.requires_grad_(requires_grad=False)
+        self.active: str | None = None
+        self.how: How = "attached"
+        self._adapters: dict[str, _Loaded] = {}
+        self._spots: dict[str, _Spot] = {}
+        self._placed: Mapping[str, nn.Module] = {}
+        self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._buffers: dict[tuple[str, str], nn.Parameter] = {}
+
+    @property
+    def adapters(self) -> dict[str, LoraConfig]:
+        """What is loaded, by name."""
+        return {name: loaded.config for name, loaded in self._adapters.items()}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that merged weights take, beside the base's; kept for the next merge until `free_buffers`."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def load(self, name: str, directory: Path) -> LoraConfig:
+        """Read the adapter in `directory` under a new name; the model goes on as it was. Errors: as `load_adapter`."""
+        if name in self._adapters:
+            raise BadConfig(f"an adapter {name} is loaded already; drop it first")
+        with self._base():
+            config, layers = read_layers(self.model, directory)
+        for layer in layers.values():
+            layer.requires_grad_(requires_grad=False)
+        self._adapters[name] = _Loaded(config, layers)
+        return config
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter. The base is at work afterwards if it was this one's turn."""
+        self._find(name)
+        if self.active == name:
+            self.use(None)
+        del self._adapters[name]
+
+    def use(self, name: str | None) -> None:
+        """Attach an adapter in place of the one at work; None is the base, bit for bit. Touches no number."""
+        layers = self._find(name).layers if name is not None else {}
+        self._restore()
+        self._place(layers)
+        self.active, self.how = name, "attached"
+
+    @torch.no_grad()
+    def merge(self, name: str) -> list[str]:
+        """Give the adapted modules the weights W + ΔW, rounded once: the model is as fast as the base then.
+
+        Returns the paths of modules that are attached all the same: they have no one weight to add to, or are
+        replaced as a whole. A sum that is too large for the weights' dtype is NonFinite, and the base is at work then.
+        """
+        layers = self._find(name).layers
+        self._restore()
+        self.active = None
+        merged = {path: layer for path, layer in layers.items() if _can_merge(layer)}
+        attached = {path: layer for path, layer in layers.items() if path not in merged}
+        self._place(attached)
+        try:
+            self._merge_layers(merged)
+        except BaseException:
+            self.use(None)
+            raise
+        self.active, self.how = name, "merged"
+        return sorted(attached)
+
+    def free_buffers(self) -> None:
+        """Give back the memory of merged weights; a merged adapter is attached instead."""
+        if self.how == "merged":
+            self.use(self.active)
+        self._buffers.clear()
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block, row i of every batch is the business of the adapter names[i], or of the base for None.
+
+        A batch of another number of rows is ShapeMismatch. Afterwards, what was at work before is again.
+        """
+        adapters = {name: self._find(name).layers for name in dict.fromkeys(names) if name is not None}
+        active, how = self.active, self.how
+        self.use(None)
+        self._place(mixed_layers(names, adapters))
+        try:
+            yield
+        finally:
+            self._return(active, how)
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        active, how = self.active, self.how
+        self.use(None)
+        try:
+            yield
+        finally:
+            self._return(active, how)
+
+    def _return(self, active: str | None, how: How) -> None:
+        if active is not None and how == "merged":
+            self.merge(active)
+        else:
+            self.use(active)
+
+    def _find(self, name: str) -> _Loaded:
+        if name not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise UnknownAdapter(f"no adapter {str(name)[:80]} is loaded; loaded are: {known}")
+        return self._adapters[name]
+
+    def _place(self, modules: Mapping[str, nn.Module]) -> None:
+        """Put modules into the tree, and the base's back where none is."""
+        for path in self._placed.keys() - modules.keys():
+            self._spots[path].put(self._spots[path].base)
+        for path, module in modules.items():
+            if path not in self._spots:
+                parent, _, child = path.rpartition(".")
+                holder = self.model.get_submodule(parent)
+                self._spots[path] = _Spot(holder, child, getattr(holder, child))
+            if module.training is not self.model.training:
+                module.train(self.model.training)
+            self._spots[path].put(module)
+        self._placed = modules
+
+    def _restore(self) -> None:
+        for module, name, parameter in self._originals:
+            setattr(module, name, parameter)
+        self._originals.clear()
+
+    def _merge_layers(self, layers: Mapping[str, LoraLayer]) -> None:
+        weights = {path: self._buffer(path, "weight", layer.base_layer.weight) for path, layer in layers.items()}
+        add_deltas((layer, weights[path]) for path, layer in layers.items())
+        for path, layer in layers.items():
+            bias = layer.bias_to_add()
+            self._swap(layer.base_layer, "weight", weights[path])
+            if bias is not None:
+                buffer = self._buffer(path, "bias", layer.base_layer.bias)
+                buffer.copy_(bias)
+                self._swap(layer.base_layer, "bias", buffer)
+
+    def _buffer(self, path: str, name: str, original: Tensor) -> nn.Parameter:
+        if (path, name) not in self._buffers:
+            self._buffers[path, name] = nn.Parameter(torch.empty_like(original), requires_grad=False)
+        return self._buffers[path, name]
+
+    def _swap(self, module: nn.Module, name: str, buffer: nn.Parameter) -> None:
+        self._originals.append((module, name, getattr(module, name)))
+        setattr(module, name, buffer)
+
+
+def _can_merge(layer: AdapterLayer) -> TypeGuard[LoraLayer]:
+    weight = getattr(layer.base_layer, "weight", None)
+    return isinstance(layer, LoraLayer) and isinstance(weight, nn.Parameter) and weight.is_floating_point()
