@@ -53,6 +53,12 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(
         default=600.0, gt=0, description="How often a training job saves where it could go on from"
     )
+    stall_seconds: float = Field(
+        default=1800.0, gt=0, description="Silence after which a training process is ended; twice that before step 1"
+    )
+    detached_seconds: float = Field(
+        default=1800.0, gt=0, description="How long a job goes on computing while Postgres does not answer"
+    )
     max_infra_failures: int = Field(
         default=10, ge=0, description="Lost workers and outages a job survives before it fails"
     )

@@ -14,6 +14,7 @@ from worker.news import News
 class Stop(StrEnum):
     """Why an attempt must end early. Later members outrank earlier ones."""
 
+    DETACHED = "detached"  # nobody was told for too long how it goes
     DRAIN = "drain"
     CANCEL = "cancel"
     LOST = "lost"
@@ -21,6 +22,7 @@ class Stop(StrEnum):
 
 _RANK = list(Stop)
 _ERRORS: dict[Stop, type[Exception]] = {
+    Stop.DETACHED: Drained,
     Stop.DRAIN: Drained,
     Stop.CANCEL: CancelRequested,
     Stop.LOST: FenceLost,
@@ -40,6 +42,7 @@ class Attempt:
         self._reason: Stop | None = None
         self._listeners: list[Callable[[Stop], None]] = []
         self._trusted_until = 0.0
+        self._renewed = time.monotonic()
 
     def __str__(self) -> str:
         return f"job {self.job_id} (fence {self.fence})"
@@ -80,8 +83,13 @@ class Attempt:
         self.check()
 
     def trust(self, until: float) -> None:
-        """The lease is ours until this moment of the monotonic clock."""
+        """The lease was renewed; it is ours until this moment of the monotonic clock."""
         self._trusted_until = until
+        self._renewed = time.monotonic()
+
+    def detached_seconds(self) -> float:
+        """For how long Postgres has not answered."""
+        return time.monotonic() - self._renewed
 
     def is_trusted(self) -> bool:
         return time.monotonic() < self._trusted_until

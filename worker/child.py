@@ -4,6 +4,7 @@ stdin is a life line, too: when it ends, the supervisor is dead and so is this p
 nothing else: whatever a library prints goes to the log."""
 
 import errno
+import faulthandler
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ def main() -> int:
     threading.Thread(target=follow_supervisor, args=(workspaces,), name="life-line", daemon=True).start()
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stop(reporter, drain=False))
     signal.signal(signal.SIGUSR1, lambda _signal, _frame: stop(reporter, drain=True))
+    faulthandler.register(signal.SIGUSR2)  # to stderr, whatever holds the interpreter
     try:
         while do_task(workspaces.get(), reporter):
             pass
@@ -120,13 +122,20 @@ def explain(error: Exception) -> ErrorMessage:
     """What went wrong, in the words and the class that the job shows."""
     if isinstance(error, LoraError):
         return ErrorMessage(error_class=class_of(error), code=error.code, message=error.message[:2000])
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         advice = "Use a smaller batch_size, max_length or r."
         return ErrorMessage(error_class="oom", code="out_of_memory", message=f"Training ran out of memory. {advice}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ErrorMessage(error_class="infra", code="disk_full", message="The worker's disk is full.")
     message = "Training failed in an unexpected way; the worker's log has the details."
     return ErrorMessage(error_class="bug", code="internal", message=message)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Without torch: a merge needs none."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def class_of(error: LoraError) -> ErrorClass:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from registry.db import SessionFactory
 from registry.storage import ObjectStore
 from worker.base_cache import BaseCache
+from worker.supervisor import Patience
 from worker.warm import WarmPool
 from worker.workspace import WorkDir
 
@@ -26,5 +27,5 @@ class Host:
     max_infra_failures: int
     checkpoint_seconds: float
     threads: int
-    grace_seconds: float
+    patience: Patience
     child_argv: Sequence[str]

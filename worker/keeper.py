@@ -1,6 +1,7 @@
 """Checkpoints as the supervisor sees them: stored beside the running child, under the fence."""
 
 import logging
+import math
 import shutil
 import threading
 import time
@@ -25,7 +26,7 @@ from worker.protocol import CheckpointMessage, CheckpointNews, ResumedMessage
 from worker.publish import OutputFile, describe, store_output
 
 # How long the end of an attempt may wait for its last checkpoint to be stored.
-STORE_SECONDS = {Stop.LOST: 0.0, Stop.CANCEL: 0.0, Stop.DRAIN: 10.0, None: 60.0}
+STORE_SECONDS = {Stop.LOST: 0.0, Stop.CANCEL: 0.0, Stop.DRAIN: 10.0, Stop.DETACHED: math.inf, None: 60.0}
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

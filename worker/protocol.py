@@ -12,7 +12,7 @@ MAX_LINE_BYTES = 64 * 2**10
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request, nothing is wrong
 
 Phase = Literal["loading", "tokenizing", "training", "saving", "merging", "comparing"]
-ErrorClass = Literal["user", "diverged", "oom", "infra", "bug"]
+ErrorClass = Literal["user", "diverged", "oom", "host_oom", "native_crash", "infra", "bug"]
 
 
 Text = Annotated[str, Field(max_length=2000)]

@@ -31,8 +31,7 @@ def run_task(
     write_task(workspace, task)
 
     def run(child: Child) -> Ending:
-        grace = host.grace_seconds
-        return run_child(child, workspace, attempt=attempt, grace_seconds=grace, on_checkpoint=on_checkpoint)
+        return run_child(child, workspace, attempt=attempt, patience=host.patience, on_checkpoint=on_checkpoint)
 
     if isinstance(task, TrainTask):
         return _run_warm(host, attempt, Warmth(attempt.tenant_id, base_digest), run)
@@ -70,7 +69,7 @@ def _judge(host: Host, attempt: Attempt, ending: Ending, base_digest: str) -> Re
 
 
 def _look_into(host: Host, attempt: Attempt, failure: JobFailed, ending: Ending, base_digest: str) -> None:
-    if failure.error_class in ("bug", "infra"):
+    if failure.error_class in ("bug", "infra", "native_crash"):
         # A damaged file in the cache can look like anything; the next attempt reads all of them again.
         host.cache.doubt(base_digest)
         log.warning("%s: %s; the end of the child's log:\n%s", attempt, failure, ending.log_tail)

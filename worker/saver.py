@@ -1,6 +1,7 @@
 """Checkpoints as the child sees them: when to save one, and whether a given one can be gone on from. Needs torch."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from lora_core.checkpoint import Fingerprint, differences
@@ -43,8 +44,11 @@ class Saver:
         self._due = time.monotonic() + self._seconds  # from the end: a slow disk must not stop the training
 
 
-def find_state(task: TrainTask, fingerprint: Fingerprint, reporter: Reporter) -> TrainState | None:
-    """What to go on from, if there is anything; the supervisor is told how exact that is, or why it is not used."""
+def find_state(
+    task: TrainTask, fingerprint: Fingerprint, reporter: Reporter, *, tokens_per_batch: int
+) -> TrainState | None:
+    """What to go on from, if there is anything, with at most `tokens_per_batch` in memory at once; the supervisor is
+    told how exact that is, or why it is not used."""
     if task.resume_from is None:
         return None
     try:
@@ -53,6 +57,9 @@ def find_state(task: TrainTask, fingerprint: Fingerprint, reporter: Reporter) ->
     except (BadCheckpoint, CheckpointMismatch) as error:
         reporter.note(f"Training starts from the beginning: {error.message}.", level="warn")
         return None
+    if task.halvings and (state.tokens_per_batch is None or state.tokens_per_batch > tokens_per_batch):
+        state = replace(state, tokens_per_batch=tokens_per_batch)
+        found.append(f"{tokens_per_batch} tokens in memory at once, fewer than before")
     reporter.write(ResumedMessage(step=state.step, differences=found))
     return state
 

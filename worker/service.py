@@ -25,6 +25,7 @@ from worker.housekeeping import (
     make_relay,
 )
 from worker.runner import Runner
+from worker.supervisor import Patience
 from worker.warm import WarmPool
 from worker.workspace import WorkDir
 
@@ -82,7 +83,11 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
         max_infra_failures=settings.max_infra_failures,
         checkpoint_seconds=settings.checkpoint_seconds,
         threads=max(1, cpu_count() // settings.slots),
-        grace_seconds=GRACE_SECONDS,
+        patience=Patience(
+            grace_seconds=GRACE_SECONDS,
+            stall_seconds=settings.stall_seconds,
+            detached_seconds=settings.detached_seconds,
+        ),
         child_argv=CHILD_ARGV,
     )
     dispatcher = CeleryDispatcher(settings.redis_url)

@@ -28,6 +28,7 @@ class TrainTask(BaseModel):
     resume_from: Path | None  # a folder with a checkpoint of this job
     checkpoint_seconds: float
     threads: int
+    halvings: int = 0  # of what is in memory at once, after the machine ran out of it
     stay: bool = False  # keep the base afterwards, for another task
 
 

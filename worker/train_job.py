@@ -34,6 +34,7 @@ def run_train(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
         resume_from=fetch_checkpoint(host, attempt, job, workspace / "resume"),
         checkpoint_seconds=host.checkpoint_seconds,
         threads=host.threads,
+        halvings=inputs.halvings,
         stay=host.warm.keeps,
     )
     with keep_checkpoints(host, attempt, workspace / CHECKPOINTS) as keeper:

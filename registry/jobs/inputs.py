@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from registry.base_models import base_files
 from registry.errors import FileNotFound, VersionNotFound
+from registry.jobs.attempts import count_endings
 from registry.jobs.checkpoints import newest_checkpoints
 from registry.jobs.spec import MergeSpec, TrainSpec
 from registry.models import BaseModel, Blob, File, Job, Version, VersionFile
@@ -48,6 +49,7 @@ class TrainInputs:
     training: StoredFile
     validation: StoredFile | None
     spec: TrainSpec
+    halvings: int  # how often the machine ran out of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ def train_inputs(session: Session, job: Job) -> TrainInputs:
         training=_file(session, job.training_file_id),
         validation=validation,
         spec=TrainSpec.model_validate(job.spec),
+        halvings=count_endings(session, job.id, "host_oom"),
     )
 
 

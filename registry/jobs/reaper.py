@@ -16,7 +16,7 @@ from registry.models import Control, Job, fence_seq
 
 ON_HOLD = -1
 BATCH = 100
-FIRST_BACKOFF_SECONDS = 30.0
+BACKOFF_SECONDS = 15.0
 WORKER_LOST = "The worker that ran this job stopped answering."
 
 
@@ -80,4 +80,6 @@ def _reap(session: Session, job: Job, max_infra_failures: int) -> None:
         finish(session, job, JobState.CANCELLED)
         return
     note_error(job, error_class="infra", code="worker_lost", message=WORKER_LOST)
-    lose_attempt(session, job, first_backoff=FIRST_BACKOFF_SECONDS, max_infra_failures=max_infra_failures)
+    # It waited for a lease already: the first loss, most often nothing but a restart, costs no more than that.
+    backoff = BACKOFF_SECONDS if job.infra_failures else 0.0
+    lose_attempt(session, job, first_backoff=backoff, max_infra_failures=max_infra_failures)

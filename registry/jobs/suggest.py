@@ -19,7 +19,7 @@ def suggest_patch(job: Job, *, context_length: int | None) -> list[Operation] | 
     spec = TrainSpec.model_validate(job.spec)
     if job.error_class == "diverged":
         return _setting(job.request, ("lora", "learning_rate"), _rate_asked(job.request) / 2)
-    if job.error_class == "oom":
+    if job.error_class in ("oom", "host_oom"):
         return _less_memory(job.request, spec)
     if job.error_code == "no_trainable_tokens":
         longest = min(context_length or spec.max_length * 4, spec.max_length * 4, 131_072)

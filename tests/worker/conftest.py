@@ -19,6 +19,7 @@ from tests.worker.depot import BASE_NAME, LORA, Depot, WorkerProcess, make_depot
 from worker.base_cache import BaseCache
 from worker.host import Host
 from worker.runner import Runner
+from worker.supervisor import Patience
 from worker.warm import WarmPool
 from worker.workspace import WorkDir
 
@@ -67,7 +68,7 @@ def host(depot: Depot, adapter_dir: Path, tmp_path: Path) -> Iterator[Host]:
         max_infra_failures=3,
         checkpoint_seconds=3600.0,
         threads=1,
-        grace_seconds=0.3,
+        patience=Patience(grace_seconds=0.3, stall_seconds=3600.0, detached_seconds=3600.0),
         child_argv=(sys.executable, str(Path(__file__).parent / "fake_child.py"), str(adapter_dir)),
     )
     yield host

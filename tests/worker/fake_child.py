@@ -1,5 +1,6 @@
 """Stands in for `worker.child` where a test needs a certain ending and no torch. `spec.seed` of the job chooses it."""
 
+import faulthandler
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SUCCEED, LONG, DEAF, HOSTILE, CRASH, KILLED, REFUSE, BROKEN, BREED, LOUD, LINK = range(11)
+SUCCEED, LONG, DEAF, HOSTILE, CRASH, KILLED, REFUSE, BROKEN, BREED, LOUD, LINK, STUCK, SEGV = range(13)
 
 
 def say(**message: Any) -> None:
@@ -68,6 +69,12 @@ def main(adapter: Path) -> int:
         return 3
     if mode == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
+    if mode == SEGV:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if mode == STUCK:
+        faulthandler.register(signal.SIGUSR2)
+        step(1)
+        threading.Event().wait()
     if mode == REFUSE:
         say(type="error", error_class="user", code="invalid_training_file", message="Line 3 has no answer.")
         return 1

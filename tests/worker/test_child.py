@@ -4,17 +4,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_core.errors import BadBase, DatasetError, LoraError, NonFinite, TrainingDiverged
 from lora_core.gate import check_adapter
+from lora_core.train import TrainResult, train
 from registry.jobs.spec import TrainSpec
 from tests.tiny import make_rows, write_jsonl
 from tests.worker.depot import LORA
+from worker import train_child
 from worker.child import EXIT_STOPPED, explain
 from worker.child_env import child_env
-from worker.protocol import PhaseMessage, ResultMessage, StepMessage, capped_lines, parse
+from worker.protocol import PhaseMessage, ResultMessage, ResumedMessage, StepMessage, capped_lines, parse
 from worker.reporter import Reporter, Stopped
 from worker.task import TrainTask, write_task
 from worker.train_child import train_adapter
@@ -95,6 +98,43 @@ def test_training_that_changes_nothing_is_no_adapter(task: TrainTask, tmp_path: 
     assert explain(caught.value).error_class == "user"
 
 
+def test_a_model_without_repeatable_kernels_is_trained_all_the_same(
+    task: TrainTask, tmp_path: Path, reporter: Reporter, said: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [RuntimeError("cumsum does not have a deterministic implementation")]
+
+    def refuse_once(*args: Any, **options: Any) -> TrainResult:
+        if refusals:
+            raise refusals.pop()
+        return train(*args, **options)
+
+    monkeypatch.setattr(train_child, "train", refuse_once)
+    train_adapter(task, tmp_path, reporter)
+    assert check_adapter(tmp_path / "out").config.r == 4
+    assert b"Not repeatable bit for bit on this device: cumsum" in said.read_bytes()
+
+
+def test_after_the_machine_ran_out_of_memory_less_is_in_it_at_once(
+    task: TrainTask, tmp_path: Path, reporter: Reporter, said: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_force = []
+
+    def watch(*args: Any, **options: Any) -> TrainResult:
+        in_force.append((args[2].tokens_per_batch, (state := options["resume_from"]) and state.tokens_per_batch))
+        return train(*args, **options)
+
+    monkeypatch.setattr(train_child, "train", watch)
+    saving = task.model_copy(update={"checkpoint_seconds": 1e-9})
+    train_adapter(saving, tmp_path / "first", reporter)
+    resumed = {"halvings": 3, "resume_from": tmp_path / "first" / "checkpoints" / "2"}
+    train_adapter(task.model_copy(update=resumed), tmp_path / "second", reporter)
+    full = in_force[0][0]
+    assert in_force == [(full, None), (full // 8, full // 8)]
+    with said.open("rb") as lines:
+        (told,) = [found for line in capped_lines(lines) if isinstance(found := parse(line), ResumedMessage)]
+    assert told.differences == [f"{full // 8} tokens in memory at once, fewer than before"]
+
+
 @pytest.mark.parametrize(
     ("error", "error_class"),
     [
@@ -102,6 +142,7 @@ def test_training_that_changes_nothing_is_no_adapter(task: TrainTask, tmp_path: 
         (NonFinite("float16 is too small"), "user"),
         (BadBase("the header ends early"), "infra"),
         (MemoryError(), "oom"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "oom"),
         (OSError(28, "No space left on device"), "infra"),
         (KeyError("oops"), "bug"),
     ],

@@ -1,5 +1,6 @@
 """What the supervisor does with checkpoints of a child that may be broken, on a store that may be away."""
 
+import math
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from tests.worker.depot import Depot, wait_until
 from worker.attempt import Attempt, Stop
 from worker.host import Host
 from worker.inputs import fetch_checkpoint
-from worker.keeper import CheckpointKeeper
+from worker.keeper import STORE_SECONDS, CheckpointKeeper
 from worker.protocol import CheckpointMessage, ResumedMessage
 
 
@@ -155,6 +156,22 @@ def test_a_cancel_ends_the_wait_for_a_store_that_is_away(
     attempt.stop(Stop.CANCEL)
     wait_until(lambda: not closer.is_alive(), seconds=30, what="the end, before what it may take without a cancel")
     away.rename(objects)
+
+
+def test_a_checkpoint_of_a_detached_job_waits_for_postgres(
+    depot: Depot, keeper: CheckpointKeeper, attempt: Attempt, folder: Path, tmp_path: Path
+) -> None:
+    assert STORE_SECONDS[Stop.DETACHED] == math.inf
+    objects, away = tmp_path / "objects", tmp_path / "away"
+    objects.rename(away)
+    keeper.hear(save(folder, 1))
+    attempt.stop(Stop.DETACHED)
+    closer = threading.Thread(target=keeper.close)
+    closer.start()
+    wait_until(lambda: keeper._closing)
+    away.rename(objects)
+    wait_until(lambda: not closer.is_alive())
+    assert steps(depot, attempt.job_id) == [1]
 
 
 def test_a_lost_fence_stops_the_attempt(depot: Depot, keeper: CheckpointKeeper, attempt: Attempt, folder: Path) -> None:

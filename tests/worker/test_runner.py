@@ -93,6 +93,7 @@ def test_a_lost_fence_kills_the_child_and_publishes_nothing(depot: Depot, runner
     [
         (fake_child.CRASH, "queued", "bug", "trainer_crashed"),
         (fake_child.KILLED, "queued", "infra", "trainer_killed"),
+        (fake_child.SEGV, "queued", "native_crash", "trainer_crashed"),
         (fake_child.REFUSE, "failed", "user", "invalid_training_file"),
         (fake_child.BROKEN, "queued", "bug", "invalid_adapter"),
         (fake_child.LINK, "queued", "bug", "invalid_output"),

@@ -1,9 +1,11 @@
 """One child, watched closely: how it is stopped, and how much of it is kept."""
 
 import json
+import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from tests.worker import fake_child
 from tests.worker.depot import wait_until
 from worker.attempt import Attempt, Stop
 from worker.child_env import child_env
-from worker.errors import JobFailed
+from worker.errors import Drained, JobFailed
+from worker.host_memory import oom_kills, resident_bytes
 from worker.process import LOG_BYTES, Child
 from worker.protocol import EXIT_STOPPED, CheckpointNews, ErrorMessage, ResultMessage
-from worker.supervisor import Ending, result_of, run_child
+from worker.supervisor import Ending, Patience, result_of, run_child
 
 NEVER = 3600.0
 
@@ -37,7 +40,7 @@ def told() -> list[CheckpointNews]:
 def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Callable[..., Ending]:
     """Run the stand-in child; `meanwhile` is called once it has told its first step."""
 
-    def run(mode: int, meanwhile: Callable[[], None] = lambda: None, *, grace_seconds: float = NEVER) -> Ending:
+    def run(mode: int, meanwhile: Callable[[], None] = lambda: None, **over: float) -> Ending:
         (tmp_path / "task.json").write_text(json.dumps({"spec": {"seed": mode}}))
         (tmp_path / "adapter").mkdir()
         argv = [sys.executable, str(Path(fake_child.__file__)), str(tmp_path / "adapter")]
@@ -49,8 +52,10 @@ def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Calla
 
         watcher = threading.Thread(target=watch)
         watcher.start()
+        waits = {"grace_seconds": NEVER, "stall_seconds": NEVER, "detached_seconds": NEVER}
+        patience = Patience(**{**waits, **over})
         child = Child(argv, env=child_env(tmp_path / "home", threads=1), directory=tmp_path / "home")
-        ending = run_child(child, tmp_path, attempt=attempt, grace_seconds=grace_seconds, on_checkpoint=told.append)
+        ending = run_child(child, tmp_path, attempt=attempt, patience=patience, on_checkpoint=told.append)
         watcher.join()
         return ending
 
@@ -72,6 +77,44 @@ def test_a_lost_fence_kills_without_grace(start: Callable[..., Ending], attempt:
     assert ending.returncode == -signal.SIGKILL
 
 
+def test_a_child_that_falls_silent_leaves_its_stacks_and_is_killed(start: Callable[..., Ending]) -> None:
+    ending = start(fake_child.STUCK, stall_seconds=0.2)
+    assert (ending.returncode, ending.stalled) == (-signal.SIGKILL, True)
+    assert "most recent call first" in ending.log_tail and "fake_child.py" in ending.log_tail
+
+
+def test_a_child_that_goes_on_is_not_silent(start: Callable[..., Ending], attempt: Attempt) -> None:
+    def wait() -> None:
+        time.sleep(2.5)
+        attempt.stop(Stop.CANCEL)
+
+    ending = start(fake_child.LONG, wait, stall_seconds=0.5)
+    assert (ending.returncode, ending.stalled) == (EXIT_STOPPED, False)
+
+
+def test_without_postgres_for_too_long_a_child_saves_and_stops(start: Callable[..., Ending], attempt: Attempt) -> None:
+    ending = start(fake_child.LONG, detached_seconds=0.5)
+    assert ending.returncode == EXIT_STOPPED
+    assert attempt.reason is Stop.DETACHED
+    with pytest.raises(Drained):
+        attempt.check()
+
+
+def test_a_worker_that_hears_from_postgres_is_not_detached(attempt: Attempt) -> None:
+    attempt._renewed -= NEVER
+    assert attempt.detached_seconds() > NEVER
+    attempt.trust(0.0)
+    assert attempt.detached_seconds() < NEVER
+
+
+def test_the_kernels_count_of_those_it_killed_is_read(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path) == 0
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 3\npgfault 9\n")
+    assert oom_kills(tmp_path) == 3
+    assert resident_bytes(os.getpid()) > 2**20
+    assert resident_bytes(2**30) == 0
+
+
 def test_the_log_is_cut_and_its_writer_is_not_blocked(start: Callable[..., Ending], tmp_path: Path) -> None:
     ending = start(fake_child.LOUD)
     assert ending.returncode == 0
@@ -87,8 +130,12 @@ def test_the_log_is_cut_and_its_writer_is_not_blocked(start: Callable[..., Endin
         (Ending(1, ErrorMessage(error_class="oom", code="out_of_memory", message="x"), ""), "oom", "out_of_memory"),
         (Ending(0, ErrorMessage(error_class="user", code="bad_config", message="x"), ""), "bug", "trainer_crashed"),
         (Ending(-9, ResultMessage(), ""), "infra", "trainer_killed"),
+        (Ending(-9, None, "", oom_killed=True), "host_oom", "host_out_of_memory"),
+        (Ending(-9, None, "", stalled=True), "infra", "stalled"),
+        (Ending(-7, None, ""), "infra", "machine_fault"),
+        (Ending(-6, None, ""), "native_crash", "trainer_crashed"),
         (Ending(None, None, ""), "bug", "trainer_crashed"),
-        (Ending(-11, None, ""), "bug", "trainer_crashed"),
+        (Ending(-11, None, ""), "native_crash", "trainer_crashed"),
         (Ending(EXIT_STOPPED, None, ""), "infra", "trainer_stopped"),
     ],
 )

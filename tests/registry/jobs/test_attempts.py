@@ -54,7 +54,6 @@ def test_a_claim_opens_an_attempt(sessions: SessionFactory) -> None:
     [
         ("publish", "succeeded", None, None),
         ("release", "released", None, None),
-        ("drain", "released", "drain", "some_code"),
         ("cancel", "cancelled", None, None),
         ("reap", "lost", "infra", "worker_lost"),
         ("infra", "failed", "infra", "some_code"),

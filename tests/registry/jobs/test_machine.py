@@ -1,7 +1,9 @@
 """Any order of calls, by any owner past or present, against a model that fits on one page."""
 
 import uuid
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -10,20 +12,23 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import Engine, select, update
 
 from registry.db import SessionFactory, make_sessions, transaction
-from registry.errors import CancelRequested, FenceLost, JobTerminal
+from registry.errors import CancelRequested, FenceLost, JobCancelling, JobTerminal
 from registry.jobs.cancel import request_cancel
 from registry.jobs.clock import NOW
-from registry.jobs.fail import MAX_BUG_RETRIES, fail
-from registry.jobs.lease import heartbeat, release
+from registry.jobs.fail import RETRIES, fail
+from registry.jobs.lease import Beat, heartbeat, release
+from registry.jobs.pause import request_pause, resume
 from registry.jobs.reaper import tick
 from registry.jobs.states import OWNED, TERMINAL
 from registry.models import Adapter, Control, Job, JobAttempt, Version
 from tests.conftest import empty_database
+from tests.factories import make_job
 from tests.registry.jobs.helpers import LEASE, claim_one, expire_lease, make_due, publish, queue_jobs
 
 MAX_RUNNING, MAX_INFRA = 2, 1
 PICK = st.integers(min_value=0, max_value=10**6)
-CLASSES = st.sampled_from(["user", "diverged", "oom", "infra", "bug", "drain"])
+CLASSES = st.sampled_from(["user", "diverged", "oom", "infra", "bug", "host_oom", "native_crash"])
+QUEUES = st.sampled_from(["default", "gpu"])
 
 
 @dataclass
@@ -33,7 +38,10 @@ class Expected:
     state: str = "queued"
     fence: int = 0
     infra: int = 0
-    bugs: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    paused: bool = False
+    priority: int = 100
+    queue: str = "default"
     version: int | None = None
 
 
@@ -68,21 +76,23 @@ class JobMachine(RuleBasedStateMachine):
         assert allowed
         return result
 
-    @rule()
-    def submit(self) -> None:
-        queue_jobs(self.sessions, 1, adapter=self.adapter)
-        with self.sessions() as session:
-            for job_id in session.scalars(select(Job.id)):
-                self.jobs.setdefault(job_id, Expected())
+    @rule(priority=st.integers(min_value=0, max_value=3), queue=QUEUES)
+    def submit(self, priority: int, queue: str) -> None:
+        with transaction(self.sessions) as session:
+            job = make_job(
+                session, self.adapter, priority=priority, queue=queue, deadline_at=datetime.now(UTC) + timedelta(1)
+            )
+        self.jobs[job.id] = Expected(priority=priority, queue=queue)
 
-    @rule()
-    def claim(self) -> None:
+    @rule(queue=QUEUES)
+    def claim(self, queue: str) -> None:
         make_due(self.sessions)
-        possible = any(j.state == "queued" for j in self.jobs.values()) and self.running() < MAX_RUNNING
-        job = claim_one(self.sessions)
-        assert (job is not None) == possible
+        waiting = [j for j in self.jobs.values() if j.state == "queued" and not j.paused and j.queue == queue]
+        job = claim_one(self.sessions, queues=[queue])
+        assert (job is not None) == (bool(waiting) and self.running() < MAX_RUNNING)
         if job is not None:
             expected = self.jobs[job.id]
+            assert expected in waiting and expected.priority == min(j.priority for j in waiting)
             assert expected.state == "queued" and (job.fence or 0) > max(j.fence for j in self.jobs.values())
             expected.state, expected.fence = "running", job.fence or 0
             self.owners.append(job)
@@ -92,13 +102,13 @@ class JobMachine(RuleBasedStateMachine):
     def beat(self, pick: int) -> None:
         job, expected, mine = self.owner(pick)
 
-        def call() -> bool:
+        def call() -> Beat:
             with transaction(self.sessions) as session:
-                fence = job.fence or 0
-                return heartbeat(session, job_id=job.id, fence=fence, lease_seconds=LEASE, progress=None).cancel
+                return heartbeat(session, job_id=job.id, fence=job.fence or 0, lease_seconds=LEASE, progress=None)
 
-        cancel = self.attempt(call, allowed=mine)
-        assert cancel in (None, expected.state == "cancelling")
+        cancel = expected.state == "cancelling"
+        found = self.attempt(call, allowed=mine)
+        assert found in (None, Beat(cancel=cancel, pause=expected.paused and not cancel))
 
     @precondition(lambda self: self.owners)
     @rule(pick=PICK)
@@ -136,11 +146,10 @@ class JobMachine(RuleBasedStateMachine):
         elif error_class == "infra":
             expected.infra += 1
             expected.state = "queued" if expected.infra <= MAX_INFRA else "failed"
-        elif error_class == "bug":
-            expected.bugs += 1
-            expected.state = "queued" if expected.bugs <= MAX_BUG_RETRIES else "failed"
         else:
-            expected.state = "queued" if error_class == "drain" else "failed"
+            expected.failures[error_class] += 1
+            again = expected.failures[error_class] <= RETRIES.get(error_class, 0)
+            expected.state = "queued" if again else "failed"
         assert result == expected.state
 
     @precondition(lambda self: self.owners)
@@ -158,7 +167,7 @@ class JobMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(pick=PICK)
     def cancel(self, pick: int) -> None:
-        job_id = sorted(self.jobs)[pick % len(self.jobs)]
+        job_id = list(self.jobs)[pick % len(self.jobs)]
         expected = self.jobs[job_id]
         try:
             with transaction(self.sessions) as session:
@@ -170,15 +179,48 @@ class JobMachine(RuleBasedStateMachine):
         expected.state = moves.get(expected.state, expected.state)
         assert state == expected.state
 
+    @precondition(lambda self: self.jobs)
+    @rule(pick=PICK, pause=st.booleans())
+    def pause_or_resume(self, pick: int, *, pause: bool) -> None:
+        job_id = list(self.jobs)[pick % len(self.jobs)]
+        expected = self.jobs[job_id]
+        try:
+            with transaction(self.sessions) as session:
+                (request_pause if pause else resume)(session, tenant_id=self.adapter.tenant_id, job_id=job_id)
+        except JobTerminal:
+            assert expected.state in TERMINAL
+        except JobCancelling:
+            assert expected.state == "cancelling"
+        else:
+            assert expected.state in ("queued", "running")
+            expected.paused = pause
+
+    @precondition(lambda self: self.jobs)
+    @rule(pick=PICK)
+    def let_the_deadline_pass(self, pick: int) -> None:
+        job_id = list(self.jobs)[pick % len(self.jobs)]
+        if self.jobs[job_id].state != "queued":
+            return
+        with transaction(self.sessions) as session:
+            late = update(Job).where(Job.id == job_id, Job.deadline_at.is_not(None))
+            session.execute(late.values(deadline_at=NOW - timedelta(seconds=1)))
+        paused = self.jobs[job_id].paused
+        assert self.tick() == int(not paused)
+        if not paused:
+            self.jobs[job_id].state = "failed"
+
+    def tick(self) -> int:
+        with transaction(self.sessions) as session:
+            session.execute(update(Control).values(reaper_tick=NOW, hold_until=None))
+            return tick(session, lease_seconds=90, reaper_seconds=15, max_infra_failures=MAX_INFRA)
+
     @precondition(lambda self: self.running())
     @rule(pick=PICK)
     def lose_worker(self, pick: int) -> None:
-        owned = sorted(job_id for job_id, job in self.jobs.items() if job.state in OWNED)
+        owned = [job_id for job_id, job in self.jobs.items() if job.state in OWNED]
         job_id = owned[pick % len(owned)]
         expire_lease(self.sessions, job_id)
-        with transaction(self.sessions) as session:
-            session.execute(update(Control).values(reaper_tick=NOW, hold_until=None))
-            assert tick(session, lease_seconds=90, reaper_seconds=15, max_infra_failures=MAX_INFRA) == 1
+        assert self.tick() == 1
         expected = self.jobs[job_id]
         if expected.state == "cancelling":
             expected.state = "cancelled"

@@ -14,7 +14,7 @@ from registry.db import SessionFactory, transaction
 from registry.errors import BlobGone, CancelRequested, FenceLost, JobNotFound, JobTerminal
 from registry.jobs.cancel import request_cancel
 from registry.jobs.events import NewEvent, list_events
-from registry.jobs.fail import MAX_BUG_RETRIES, fail
+from registry.jobs.fail import RETRIES, fail
 from registry.jobs.lease import heartbeat, release
 from registry.jobs.publish import Published, manifest_digest, publish_merge, publish_version
 from registry.jobs.reaper import tick
@@ -316,23 +316,86 @@ def test_infra_failures_are_retried_with_growing_delay_until_the_budget_is_spent
     assert break_off(sessions, job, "infra", max_infra_failures=3) == "failed"
 
 
-def test_a_bug_is_retried_twice_and_does_not_touch_the_infra_budget(sessions: SessionFactory) -> None:
+@pytest.mark.parametrize(("error_class", "retries"), [("bug", 2), ("host_oom", 2), ("native_crash", 1)])
+def test_some_failures_are_retried_a_little_and_do_not_touch_the_infra_budget(
+    sessions: SessionFactory, error_class: str, retries: int
+) -> None:
     queue_jobs(sessions)
     ends = []
-    for _ in range(MAX_BUG_RETRIES + 1):
+    for _ in range(retries + 1):
         make_due(sessions)
         job = claim_one(sessions)
         assert job is not None
-        ends.append(break_off(sessions, job, "bug"))
-    assert ends == ["queued", "queued", "failed"]
+        ends.append(break_off(sessions, job, error_class))
+    assert ends == ["queued"] * RETRIES[error_class] + ["failed"] == ["queued"] * retries + ["failed"]
     assert reload(sessions, job.id).infra_failures == 0
 
 
-@pytest.mark.parametrize("drain", [let_go, partial(break_off, error_class="drain", max_infra_failures=0)])
-def test_a_drain_costs_nothing(sessions: SessionFactory, drain: Callable[[SessionFactory, Job], JobState]) -> None:
+Crash = tuple[str, str, int | None]  # class, code, last step; "" as class: given back
+
+
+def crashes(sessions: SessionFactory, *story: Crash) -> tuple[list[JobState], Job]:
+    """Where each ending took the job, and the job."""
+    queue_jobs(sessions)
+    ends = []
+    for error_class, code, step in story:
+        make_due(sessions)
+        job = claim_one(sessions)
+        assert job is not None
+        beat(sessions, job, progress=None if step is None else {"step": step})
+        ends.append(break_off(sessions, job, error_class, code=code) if error_class else let_go(sessions, job))
+    return ends, reload(sessions, job.id)
+
+
+KILLED: Crash = ("infra", "trainer_killed", 7)
+
+
+def test_what_crashes_at_one_step_three_times_is_a_crash_loop(sessions: SessionFactory) -> None:
+    ends, job = crashes(sessions, KILLED, ("native_crash", "trainer_crashed", 7), ("infra", "stalled", 7))
+    assert ends == ["queued", "queued", "failed"]
+    assert (job.error_class, job.error_code) == ("crash_loop", "crash_loop")
+    assert "3 times at step 7" in (job.error_message or "")
+
+
+def test_a_checkpoint_to_go_on_from_counts_as_the_step(sessions: SessionFactory) -> None:
+    queue_jobs(sessions)
+    for _ in range(3):
+        make_due(sessions)
+        job = claim_one(sessions)
+        assert job is not None
+        beat(sessions, job, progress={"checkpoint_step": 7})  # it crashes before the first step of its own
+        state = break_off(sessions, job, "infra", code="trainer_killed")
+    assert state == "failed"
+
+
+@pytest.mark.parametrize(
+    "story",
+    [
+        (KILLED, KILLED, ("infra", "trainer_killed", 8)),
+        (KILLED, ("infra", "storage_unavailable", 7), KILLED, KILLED),
+        (("infra", "trainer_killed", None),) * 4,
+        (("infra", "storage_unavailable", 7),) * 4,
+    ],
+)
+def test_other_rows_of_failures_are_not(sessions: SessionFactory, story: tuple[Crash, ...]) -> None:
+    assert set(crashes(sessions, *story)[0]) == {"queued"}
+
+
+def test_an_attempt_that_was_given_back_does_not_break_the_row(sessions: SessionFactory) -> None:
+    assert crashes(sessions, KILLED, ("", "", 7), KILLED, KILLED)[0][-1] == "failed"
+
+
+def test_running_the_machine_out_of_memory_twice_at_one_step_is_enough(sessions: SessionFactory) -> None:
+    out: Crash = ("host_oom", "host_out_of_memory", 3)
+    ends, job = crashes(sessions, out, out)
+    assert ends == ["queued", "failed"]
+    assert (job.error_class, job.error_code) == ("host_oom", "host_out_of_memory")
+
+
+def test_a_drain_costs_nothing(sessions: SessionFactory) -> None:
     job = claimed(sessions)
     for _ in range(15):
-        assert drain(sessions, job) == "queued"
+        assert let_go(sessions, job) == "queued"
         again = claim_one(sessions)
         assert again is not None and again.id == job.id
         job = again

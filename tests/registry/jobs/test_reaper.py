@@ -42,6 +42,10 @@ def test_a_silent_worker_loses_its_job_to_the_queue(steady: SessionFactory) -> N
     with steady() as session:
         wakes = session.scalars(select(Outbox.job_id).where(Outbox.next_at == stored.run_after)).all()
     assert wakes == [job.id]
+    again = claim_one(steady)  # at once: it waited for the lease already
+    assert again is not None and again.id == job.id
+    expire_lease(steady, job.id)
+    assert ticks(steady) == 1
     assert claim_one(steady) is None  # not before its backoff
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,8 @@ from registry.jobs.fail import fail
 from registry.jobs.idempotency import Idempotency
 from registry.jobs.lease import heartbeat
 from registry.jobs.outbox import relay
+from registry.jobs.pause import request_pause, resume
+from registry.jobs.placement import Placement
 from registry.jobs.reaper import tick
 from registry.jobs.spec import MergeOptions
 from registry.merges import request_merge
@@ -40,15 +42,18 @@ class Client:
         return self.owners[-4:]
 
     def run(self) -> int:
-        steps = [self.submit, self.submit, self.claim, self.claim, self.publish, self.publish]
-        steps += [self.fail, self.beat, self.cancel, self.reap, self.relay, self.delete, self.merge]
+        steps = 2 * [self.submit] + 4 * [self.claim] + 6 * [self.publish] + 2 * [self.resume]
+        steps += [self.fail, self.beat, self.pause, self.expire, self.cancel]
+        steps += [self.reap, self.relay, self.delete, self.merge]
         for _ in range(STEPS):
             with suppress(DepotError):  # a refusal is an answer; a deadlock or a broken rule of the database is not
                 self.dice.choice(steps)()
         return STEPS
 
     def submit(self) -> None:
-        self.shop.send(idempotency=Idempotency.keyed("s", str(self.dice.randrange(40)), b"same"))
+        key = self.dice.randrange(40)
+        placement = Placement(priority=100 + key % 3, queue="default")
+        self.shop.send(idempotency=Idempotency.keyed("s", str(key), b"same"), placement=placement)
 
     def claim(self) -> None:
         if job := claim_one(self.sessions):
@@ -63,8 +68,28 @@ class Client:
         if self.mine:
             job = self.dice.choice(self.mine)
             with transaction(self.sessions) as session:
-                told = {"code": "c", "message": "m", "max_infra_failures": 3}
-                fail(session, job_id=job.id, fence=job.fence or 0, error_class="drain", **told)
+                told = {"code": "c", "message": "m", "max_infra_failures": 10**6}
+                fail(session, job_id=job.id, fence=job.fence or 0, error_class="infra", **told)
+
+    def pause(self) -> None:
+        self._switch(request_pause)
+
+    def resume(self) -> None:
+        self._switch(resume)
+
+    def _switch(self, switch: Callable[..., Job]) -> None:
+        with transaction(self.sessions) as session:
+            job = self.any(session.scalars(select(Job).where(Job.finished_at.is_(None))).all())
+            if job is not None:
+                switch(session, tenant_id=self.shop.tenant_id, job_id=job.id)
+
+    def expire(self) -> None:
+        """As if nobody had come for a job in time, and as if every backoff had passed."""
+        with transaction(self.sessions) as session:
+            queued = select(Job.id).where(Job.state == "queued").with_for_update(skip_locked=True)
+            session.execute(update(Job).where(Job.id.in_(queued)).values(run_after=NOW))
+            one = queued.where(Job.deadline_at.is_not(None)).order_by(Job.id).limit(1)
+            session.execute(update(Job).where(Job.id == one.scalar_subquery()).values(deadline_at=NOW))
 
     def beat(self) -> None:
         if self.mine:
