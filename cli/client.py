@@ -11,6 +11,7 @@ import httpx
 
 from cli.connection import Connection, uses_proxies
 from cli.errors import CommandError, NotConnected, Refused
+from cli.merge_options import MergeOptions
 from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, Merged, QueueInfo, Version
 from cli.upload import ProgressFile
 
@@ -126,16 +127,17 @@ class Client:
         path = f"/v1/adapters/{_part(name)}/aliases/{_part(alias)}"
         return cast(Alias, self._call("PUT", path, json={"version": version}))
 
-    def request_merge(self, name: str, version: int, *, dtype: str) -> Merge:
-        """The merge of this version in this dtype, new or known."""
-        return cast(Merge, self._call("POST", f"{_version(name, str(version))}/merges", json={"dtype": dtype}))
+    def request_merge(self, name: str, version: int, options: MergeOptions, *, alias: str | None = None) -> Merge:
+        """The merge of this version with these options, new or known; once stored, `alias` points at the version."""
+        body = options.as_json() | ({"alias": alias} if alias else {})
+        return cast(Merge, self._call("POST", f"{_version(name, str(version))}/merges", json=body))
 
     def merge(self, merge_id: str) -> Merge:
         return cast(Merge, self._call("GET", f"/v1/merges/{_part(merge_id)}"))
 
-    def merged(self, name: str, version: int, *, dtype: str) -> Merged:
+    def merged(self, name: str, version: int, options: MergeOptions) -> Merged:
         """The files of the merged checkpoint of a version."""
-        return cast(Merged, self._call("GET", f"{_version(name, str(version))}/merged", params={"dtype": dtype}))
+        return cast(Merged, self._call("GET", f"{_version(name, str(version))}/merged", params=options.as_json()))
 
     def merge_recipe(self, name: str, version: int) -> bytes | None:
         """How a version is merged, as JSON; None if it was published without that."""

@@ -5,27 +5,25 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from cli.client import Client
 from cli.errors import BadDownload, CommandError, Refused
+from cli.merge_options import MergeOptions
 from cli.objects import BaseModelInfo, Version
 from cli.transfer import download, sha256_of
 from lora_core.digest import folder_digest
+from lora_core.merge_options import Start
 
 if TYPE_CHECKING:
     from lora_core.merge import MergeReport
+    from lora_core.recipe import Recipe
 
 REPORT_FILE = "merge_report.json"
-DTYPES: dict[str, Literal["float32", "bfloat16", "float16"] | None] = {
-    "base": None,
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-}
 
 
 def fold(
@@ -33,7 +31,7 @@ def fold(
     adapter: Path,
     out: Path,
     *,
-    dtype: str,
+    options: MergeOptions,
     progress: Progress,
     recipe: bytes | None = None,
     expected: Mapping[str, str] | None = None,
@@ -42,7 +40,6 @@ def fold(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the merge has its own threads, which those would hinder
     from lora_core.errors import LoraError
     from lora_core.merge import merge
-    from lora_core.recipe import Recipe
 
     if out.exists():
         raise CommandError(f"{out} exists already. Choose another folder with --out.", code="exists")
@@ -53,8 +50,10 @@ def fold(
             base,
             adapter,
             out,
-            recipe=Recipe.from_json(recipe) if recipe else None,
-            dtype=DTYPES[dtype],
+            recipe=_recipe(base, adapter, recipe, options.start),
+            dtype=None if options.dtype == "base" else options.dtype,
+            scale=options.scale,
+            shard_size=options.shard_size,
             expected=expected,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -62,8 +61,30 @@ def fold(
         raise CommandError(f"{error.message}.", code=error.code) from None
 
 
+def _recipe(base: Path, adapter: Path, known: bytes | None, start: Start) -> "Recipe":
+    """How the two are merged from this start: as the service knows, or else by names."""
+    from lora_core import strict_json
+    from lora_core.plan import from_nf4, plan_merge
+    from lora_core.recipe import Recipe
+    from lora_core.shards import open_checkpoint
+
+    if known is None:
+        return plan_merge(base, adapter, start=start).recipe
+    recipe = Recipe.from_json(known)
+    if start == "original":
+        return recipe
+    return from_nf4(recipe, open_checkpoint(base).tensors(), strict_json.loads((base / "config.json").read_bytes()))
+
+
 def merge_here(
-    client: Client, version: Version, base: Path, out: Path, *, dtype: str, any_base: bool, progress: Progress
+    client: Client,
+    version: Version,
+    base: Path,
+    out: Path,
+    *,
+    options: MergeOptions,
+    any_base: bool,
+    progress: Progress,
 ) -> str:
     """Fetch the adapter alone, merge it into the folder `base`, and compare the result with the server's digests.
 
@@ -77,14 +98,14 @@ def merge_here(
     if differing and not any_base:
         message = f"{base} is not {registered['name']} as it is registered: {differing[0]} differs or is missing."
         raise CommandError(f"{message} --allow-other-base merges all the same.", code="other_base")
-    expected = _stored_digests(client, name, number, dtype) if is_registered else {}
+    expected = _stored_digests(client, name, number, options) if is_registered else {}
     recipe = client.merge_recipe(name, number) if is_registered else None
     with tempfile.TemporaryDirectory(prefix="lora-depot-") as scratch:
         adapter = Path(scratch, "adapter")
         files = version["files"]
         download(files, lambda path: client.version_link(name, number, path), adapter, progress=progress)
         with _only(base, registered if is_registered else None) as source:
-            report = fold(source, adapter, out, dtype=dtype, progress=progress, recipe=recipe, expected=expected)
+            report = fold(source, adapter, out, options=options, progress=progress, recipe=recipe, expected=expected)
     record = {
         "adapter": version["ref"],
         "adapter_digest": version["digest"],
@@ -92,7 +113,7 @@ def merge_here(
         "base_digest": registered["digest"],
         "base_is_registered": is_registered,
         "other_base_allowed": any_base,
-        "dtype": dtype,
+        **asdict(options),
         "compared_with_server": sorted(expected),
         "files": {file.path: file.sha256 for file in report.files},
     }
@@ -122,10 +143,10 @@ def _is(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_of(path) == digest
 
 
-def _stored_digests(client: Client, name: str, number: int, dtype: str) -> dict[str, str]:
+def _stored_digests(client: Client, name: str, number: int, options: MergeOptions) -> dict[str, str]:
     """What the files of the merge must hash to, as far as the server knows and can say now."""
     try:
-        files = client.merged(name, number, dtype=dtype)["files"]
+        files = client.merged(name, number, options)["files"]
     except Refused as refusal:
         if refusal.status != 503:
             raise

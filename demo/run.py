@@ -23,6 +23,7 @@ from cli.base_source import find_base
 from cli.client import Client
 from cli.errors import CommandError
 from cli.home import Home
+from cli.merge_options import MergeOptions
 from cli.objects import Job, Version
 from cli.transfer import bars, download, upload, upload_base
 from cli.watch import watch
@@ -161,7 +162,7 @@ def fetch(client: Client, version: Version, folder: Path) -> tuple[Path, Path]:
         shutil.rmtree(old, ignore_errors=True)
     with bars(console) as progress:
         download(version["files"], lambda path: client.version_link(name, number, path), adapter, progress=progress)
-        merge = wait_for_merge(client, client.request_merge(name, number, dtype="base"), progress)
+        merge = wait_for_merge(client, client.request_merge(name, number, MergeOptions()), progress)
         download(merge["files"], lambda path: client.merge_link(merge["id"], path), merged, progress=progress)
     say(f"The adapter: {adapter}")
     say(f"The merged model: {merged}")
