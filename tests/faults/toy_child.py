@@ -167,6 +167,15 @@ def merge(workspace: Path) -> int:
     return 0
 
 
+def skip_comparison(workspace: Path) -> int:
+    """Toy models answer no prompts."""
+    from worker.certificate import Canary, write_canary
+
+    write_canary(workspace, Canary(run=False, reason="the model is a toy"))
+    say(type="result")
+    return 0
+
+
 def escape() -> None:
     """A process that leaves the group and keeps the pipes open."""
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -180,6 +189,8 @@ def main() -> int:
     task = json.loads((workspace / "task.json").read_text())
     if task["kind"] == "merge":
         return merge(workspace)
+    if task["kind"] == "canary":
+        return skip_comparison(workspace)
     signals = Signals()
     if task["spec"]["seed"] == ESCAPE:
         escape()
