@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo up test test-fast test-radosgw lint fmt migrate migration compose-check bench clean
+.PHONY: help setup demo up test test-fast test-radosgw faults nemesis lint fmt migrate migration compose-check bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-15s %s\n", $$1, $$2}'
@@ -25,14 +25,21 @@ demo: setup ## Run the main job on the embedded stack: submit, train, browse, do
 up: setup ## Start the embedded stack (Ctrl-C stops it)
 	$(BIN)/lora-depot up
 
+# Two at a time, a file each: most of the time of a test is spent waiting for the processes it started.
 test: setup ## Run every test against real Postgres, Valkey and S3
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: setup ## Run the tests of one room: make test-fast ROOM=registry
 	$(BIN)/python -m pytest -x -q tests/$(ROOM)
 
 test-radosgw: setup ## Run the storage conformance suite against Debian's radosgw (installs it; needs root)
 	.ci/radosgw.sh
+
+faults: setup ## Break every part of the service on purpose, every way there is a test for
+	$(BIN)/python -m pytest -m "faults_long or not faults_long" tests/faults
+
+nemesis: setup ## Random faults for minutes: make nemesis SEED=1 MINUTES=10
+	$(BIN)/python -m tests.faults.nemesis --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 lint: setup ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
