@@ -10,7 +10,7 @@ from lora_core.adalora import AdaLoraLinear
 from lora_core.adalora_config import AdaLoraConfig
 from lora_core.errors import BadConfig
 from lora_core.inject import lora_layers
-from lora_core.task import Task
+from lora_core.task import Task, packs
 
 
 class RankAllocator:
@@ -77,8 +77,14 @@ class RankAllocator:
 class _Regularised:
     """A task whose loss has orth_reg_weight · orthogonality added once per step, however the step is cut."""
 
+    # so that `vars` are what decides the bits of a run, for its fingerprint
+    __slots__ = ("__dict__", "_allocator", "_task")
+
     def __init__(self, task: Task, allocator: RankAllocator) -> None:
         self._task, self._allocator = task, allocator
+        self.packing = packs(task)
+        self.inner = type(task).__name__, sorted(vars(task).items())
+        self.settings = allocator.config
 
     def length(self, example: Any) -> int:
         return self._task.length(example)

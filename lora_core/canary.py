@@ -17,7 +17,7 @@ from lora_core.adapter import load_adapter
 from lora_core.base import check_base
 from lora_core.errors import LoraError, NonFinite, NotFaithful
 from lora_core.faithful import Comparison, PromptDifference
-from lora_core.inject import adapter_layers, lora_layers
+from lora_core.inject import adapter_layers
 from lora_core.merge_options import Start
 from lora_core.model import load_base
 from lora_core.qlora import NF4Weight, quantise_base
@@ -135,8 +135,8 @@ def _say(base_dir: Path, adapter_dir: Path, start: Start, scale: float) -> _Said
         _leave_four_bits(model, getattr(torch, check_base(base_dir).dtype))
     base = logits_of(model, prompts)
     load_adapter(model, adapter_dir)
-    for layer in lora_layers(model).values():
-        layer.scaling *= scale
+    for layer in adapter_layers(model).values():
+        layer.rescale(scale)
     adapter = logits_of(model.eval(), prompts)
     if not all(rows.isfinite().all() for rows in adapter):
         raise NonFinite("base and adapter answer a canary prompt with NaN or infinity")

@@ -107,7 +107,7 @@ class Lengths(LoraLayer):
         Outside of training they are kept until a factor changes: a text of many tokens finds them once.
         """
         A, B = self.factors()
-        key = (A.data_ptr(), A._version, B.data_ptr(), B._version)
+        key = (A.data_ptr(), A._version, B.data_ptr(), B._version, self.scaling)
         if self.training or self._norm is None or self._norm[0] != key:
             crossed = torch.cat([rows.float() @ A.T for rows in self.rows().split(_ROWS)])  # W·Aᵀ (out, r)
             change = 2 * crossed + self.scaling * (B @ (A @ A.T))
@@ -118,6 +118,11 @@ class Lengths(LoraLayer):
         """Optimizers that keep all factors in one buffer change them unseen: what was kept is forgotten."""
         self._norm = None
         return super().train(mode)
+
+    def has_learned(self) -> bool:
+        """Whether the product or the lengths are other than at the start."""
+        lengths = self.lora_magnitude_vector.flatten()
+        return super().has_learned() or not torch.allclose(lengths, self.base_squares.sqrt(), atol=0, rtol=1e-6)
 
     def scale(self) -> Tensor:
         """By what the rows of W + scaling·B·A are multiplied, (out) float32; their present lengths are constants."""

@@ -78,6 +78,9 @@ class TokenRows(AdapterLayer):
         new = F.embedding(position.clamp(min=0), self.new_rows).to(y.dtype)
         return torch.where((position >= 0)[..., None], _scaled(self.base_layer, new), y)
 
+    def settings(self) -> tuple[Any, ...]:
+        return self.indices
+
     def has_learned(self) -> bool:
         """Whether a row differs from the base's."""
         rows = self.base_layer.weight[list(self.indices)]

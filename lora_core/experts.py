@@ -14,7 +14,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig
 from lora_core.layer import AdapterLayer, start_generator
 from lora_core.layers import LoraFunction
-from lora_core.targets import matches
+from lora_core.targets import matches, saving
 
 
 class LoraExperts(AdapterLayer):
@@ -92,6 +92,12 @@ class LoraExperts(AdapterLayer):
         # taken apart once: each slice by itself would make a gradient as large as all
         pieces = lora_A.unbind(0), lora_B.unbind(0)
         return _Adapted(getattr(self.base_layer, name), *pieces, self.scalings[name], in_out=self.in_out)
+
+    def settings(self) -> tuple[Any, ...]:
+        return tuple(self.scalings.items())
+
+    def rescale(self, factor: float) -> None:
+        self.scalings = {name: factor * scaling for name, scaling in self.scalings.items()}
 
     def has_learned(self) -> bool:
         """Whether neither factor of some parameter is all zero."""
@@ -177,6 +183,8 @@ def expert_targets(modules: Mapping[str, nn.Module], config: LoraConfig) -> list
         if not any(matches(parameter, target) for parameter in parameters):
             raise BadConfig(f"target_parameters names {target}, which the base model has not")
     for path, names in found.items():
+        if saving(path, config.saved_names()):
+            raise BadConfig(f"{path} has target_parameters and is saved whole by modules_to_save")
         for name in names:
             if getattr(modules[path], name).ndim != 3:
                 raise BadConfig(f"{path}.{name} holds no matrices of experts; name its module in target_modules")

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from lora_core.checkpoint import Fingerprint
-from lora_core.inject import lora_layers
+from lora_core.inject import adapter_layers
+from lora_core.qlora import NF4Weight
 from lora_core.task import Task, default_task
 from lora_core.train_config import TrainConfig
 from lora_core.trainable import trained_parameters
@@ -21,6 +22,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 _CODE = (
     *("batching", "data", "distributed", "inject", "layer", "layers", "loss", "mode", "optimizer", "output_loss"),
     *("packing", "schedule", "state", "task", "train", "train_config", "trainable"),
+    *("adalora", "allocator", "convolutions", "dora", "embeddings", "experts", "nf4", "principal", "qlora", "whole"),
 )
 
 
@@ -29,13 +31,14 @@ def take_fingerprint(
 ) -> Fingerprint:
     """Of training `model` on `examples`, here and now. `base_digest` names the frozen weights."""
     task = task or default_task(model)
-    layers = lora_layers(model)
-    adapted = [(path, type(layer).__name__, layer.scaling, layer.lora_dropout) for path, layer in layers.items()]
+    layers = adapter_layers(model).items()
+    adapted = [(path, type(layer).__name__, layer.settings()) for path, layer in layers]
+    quantised = sorted(name for name, parameter in model.named_parameters() if isinstance(parameter, NF4Weight))
     trained = [(name, *parameter.shape) for name, parameter in trained_parameters(model).items()]
     inputs = {
         "base_model": base_digest,
         "examples": _digest(part for example in examples for part in _parts(example)),
-        "lora": _digest([repr((adapted, trained)).encode()]),
+        "lora": _digest([repr((adapted, trained, quantised)).encode()]),
         "training": _digest([repr((_settings(asdict(config)), type(task).__name__, _settings(vars(task)))).encode()]),
     }
     environment = {name: version(name) for name in _LIBRARIES}

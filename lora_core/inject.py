@@ -112,8 +112,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def _lora_layers(
     model: Any, modules: Mapping[str, nn.Module], config: LoraConfig, seed: int | None
-) -> dict[str, LoraLayer]:
-    layers: dict[str, LoraLayer] = {}
+) -> dict[str, AdapterLayer]:
+    layers: dict[str, AdapterLayer] = {}
     kinds = kinds_for(config)
     for path in _targeted(model, modules, config):
         kind = layer_class(modules[path], kinds)

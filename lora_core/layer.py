@@ -70,6 +70,13 @@ class AdapterLayer(nn.Module):
         """Whether it changes what the base computes, as far as its numbers alone tell."""
         raise NotImplementedError
 
+    def settings(self) -> tuple[Any, ...]:
+        """What decides, besides tensors, what it computes."""
+        return ()
+
+    def rescale(self, factor: float) -> None:
+        """Add `factor` times as much to the base's weights. What replaces the base's own stays as it is."""
+
     def training_state(self) -> dict[str, Tensor]:
         """What a run goes on with besides parameters, by names of the layer's own: restored in place."""
         return {}
@@ -131,6 +138,12 @@ class LoraLayer(AdapterLayer):
     def options(cls, config: LoraConfig) -> dict[str, Any]:
         """What this kind of layer wants to know of `config` besides rank, scaling, dropout and seed."""
         return {"gaussian": config.init_lora_weights == "gaussian"}
+
+    def settings(self) -> tuple[Any, ...]:
+        return self.scaling, self.lora_dropout
+
+    def rescale(self, factor: float) -> None:
+        self.scaling *= factor
 
     def add_lora_bias(self) -> None:
         """Give lora_B a bias, at zero."""

@@ -28,6 +28,7 @@ class PrincipalLinear(LoraLinear):
         most = min(self.matrix().shape)
         if self.r > most:
             raise BadConfig(f"{self.path} has {most} principal directions; r is {self.r}")
+        self.method = method
         start_B, start_A = _STARTS[method](self.matrix().detach().float(), self.r, self.scaling)
         self.register_buffer("start_A", start_A.contiguous(), persistent=False)
         self.register_buffer("start_B", start_B.contiguous(), persistent=False)
@@ -39,6 +40,9 @@ class PrincipalLinear(LoraLinear):
         """Where the factors start. BadConfig now, rather than at the end, if twice the rank is too much."""
         as_plain(config)
         return {"method": config.init_lora_weights}
+
+    def settings(self) -> tuple[Any, ...]:
+        return *super().settings(), self.method
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(2r, in) and (out, 2r): what is added to the base."""
@@ -52,6 +56,10 @@ class PrincipalLinear(LoraLinear):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: ARG002  none can be taken
         """Refused: what was saved is a plain LoRA, and `load_adapter` makes plain layers for it."""
         raise BadConfig(f"{self.path} is in training from principal directions; load the adapter into a fresh base")
+
+    def has_learned(self) -> bool:
+        """Whether the factors are other than at the start."""
+        return not (torch.equal(self.lora_A, self.start_A) and torch.equal(self.lora_B, self.start_B))
 
     def training_state(self) -> dict[str, Tensor]:
         """The start, so that a run goes on from the same one whatever the linear algebra gives next time."""

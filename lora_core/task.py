@@ -53,4 +53,4 @@ def default_task(model: Any, *, packing: bool = True) -> CausalLM:
 
 def packs(task: Task) -> bool:
     """Whether the batches of `task` have no padding."""
-    return isinstance(task, CausalLM) and task.packing
+    return getattr(task, "packing", False) is True

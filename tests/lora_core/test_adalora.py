@@ -156,6 +156,7 @@ def test_a_fresh_layer_changes_nothing_and_its_start_depends_on_seed_and_path_on
     layer, again = (AdaLoraLinear(Net("linear").layer, path="a", r=4, scaling=1.0, seed=3) for _ in range(2))
     x = torch.randn(7, 16)
     assert torch.equal(layer(x), layer.base_layer(x))
+    assert not layer.has_learned()
     assert torch.equal(layer.lora_A, again.lora_A)
     assert torch.equal(layer.lora_B, again.lora_B)
     other = AdaLoraLinear(Net("linear").layer, path="b", r=4, scaling=1.0, seed=3)

@@ -96,7 +96,10 @@ def test_a_fresh_layer_changes_nothing_but_rounding():
     fresh = DoraLinear(nn.Linear(16, 24), path="a", r=4, scaling=1.0)
     x = torch.randn(7, 16)
     torch.testing.assert_close(fresh(x), fresh.base_layer(x))
-    assert not torch.equal(fresh.lora_A, torch.zeros(4, 16))
+    assert not fresh.has_learned()
+    with torch.no_grad():
+        fresh.lora_magnitude_vector[3] += 0.01
+    assert fresh.has_learned()
     fresh.enabled = False
     assert torch.equal(fresh(x), fresh.base_layer(x))
 

@@ -41,7 +41,10 @@ CONFIGS = {
     ),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+CASES = {f"{family}_both": (family, BOTH) for family in FAMILIES}
+CASES |= {f"mixtral_{name}": ("mixtral", config) for name, config in CONFIGS.items()}
+CASES |= {"gpt_oss_patterns": ("gpt_oss", CONFIGS["patterns"])}
+every_case = pytest.mark.parametrize(("family", "config"), CASES.values(), ids=CASES)
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +76,7 @@ def say(model: nn.Module) -> torch.Tensor:
     return model.eval()(TOKENS).logits.float()
 
 
-@every_config
-@every_family
+@every_case
 def test_peft_says_what_we_say_with_what_we_saved(bases, tmp_path, family, config):
     model = adapted(bases[family], config)
     randomize(model)
@@ -85,8 +87,7 @@ def test_peft_says_what_we_say_with_what_we_saved(bases, tmp_path, family, confi
     assert (say(model) - logits(bases[family])).abs().max() > 0.05
 
 
-@every_config
-@every_family
+@every_case
 def test_we_say_what_peft_says_with_what_it_saved(bases, tmp_path, family, config):
     theirs = by_peft(bases[family], config)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -118,8 +119,7 @@ def test_gradients_are_those_of_peft(bases, tmp_path, family):
     assert not ours
 
 
-@every_config
-@every_family
+@every_case
 def test_the_merged_model_says_what_the_adapted_one_says(bases, tmp_path, family, config):
     model = adapted(bases[family], config)
     randomize(model)
@@ -161,6 +161,21 @@ def test_a_fresh_disabled_or_ejected_adapter_leaves_the_base(bases, family):
         assert torch.equal(say(model), base)
     eject(model)
     assert torch.equal(say(model), base)
+
+
+def test_rescaling_is_a_scaling_of_what_is_added(bases):
+    model = adapted(bases["mixtral"], BOTH)
+    randomize(model)
+    for layer in adapter_layers(model).values():
+        layer.rescale(0.5)
+    halved = say(model)
+    eject(model)
+    inject(model, replace(BOTH, lora_alpha=2.5), seed=3)
+    randomize(model)
+    torch.testing.assert_close(say(model), halved, atol=1e-5, rtol=1e-5)
+    assert {layer.settings() for layer in adapter_layers(model).values() if isinstance(layer, LoraExperts)} == {
+        (("gate_up_proj", 2.5 / 3), ("down_proj", 2.5 / 3))
+    }
 
 
 def test_the_start_depends_on_seed_and_paths_alone(bases):
@@ -205,6 +220,7 @@ def test_the_file_says_since_when_its_factors_lie_so(bases, tmp_path):
         ({"target_parameters": ("experts.up_proj",)}, "experts.up_proj, which the base model has not"),
         ({"target_parameters": ("q_proj.weight",)}, "holds no matrices of experts"),
         ({"target_parameters": ("gate_up_proj",)}, "name the module"),
+        ({"modules_to_save": ("layers.0.mlp",)}, "saved whole"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"use_dora": True}, "use_dora"),
     ],

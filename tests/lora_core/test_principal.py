@@ -53,9 +53,11 @@ def test_start_and_training_are_those_of_peft(method, kind):
 def test_a_fresh_layer_changes_nothing_but_rounding_and_never_the_base(method):
     layer = ours(method)
     before = layer.base_layer.weight.clone()
+    assert not layer.has_learned()
     torch.testing.assert_close(layer(x()), layer.base_layer(x()), atol=1e-5, rtol=1e-5)
     assert (trained(layer) - layer.base_layer(x())).abs().max() > 0.1
     assert torch.equal(layer.base_layer.weight, before)
+    assert layer.has_learned()
     layer.enabled = False
     assert torch.equal(layer(x()), layer.base_layer(x()))
 

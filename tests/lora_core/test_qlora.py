@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_core import nf4
+from lora_core.adalora_config import AdaLoraConfig
 from lora_core.adapter import load_adapter, save_adapter
 from lora_core.config import LoraConfig
 from lora_core.data import tokenize_rows
 from lora_core.errors import BadConfig
+from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.layers import LoraLinear
 from lora_core.merge import merge
@@ -22,6 +24,7 @@ from lora_core.model import load_base
 from lora_core.plan import plan_merge
 from lora_core.qlora import NF4Weight, pack, quantise_base, resident_bytes
 from lora_core.train import TrainConfig, train
+from lora_core.trainable import trained_parameters
 from tests.lora_core.recipes import TOKENS, logits_of
 from tests.lora_core.test_recipe_kinds import peft_model
 from tests.tiny import make_base, make_rows
@@ -188,6 +191,45 @@ def test_what_was_trained_on_four_bits_is_what_the_merge_says(base, tmp_path):
     load_adapter(model, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, expected)
+
+
+VARIANTS = {
+    "dora": replace(LORA, use_dora=True),
+    "pissa": replace(LORA, init_lora_weights="pissa"),
+    "olora": replace(LORA, init_lora_weights="olora"),
+    "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=LORA.target_modules),
+}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_on_four_bits_is_the_variant_on_the_unpacked_weights(base, config):
+    said = []
+    for packed in (True, False):
+        model, _ = load_base(base)
+        quantise_base(model)
+        if not packed:
+            for module in model.modules():
+                if isinstance(module, nn.Linear) and isinstance(module.weight, NF4Weight):
+                    module.weight = nn.Parameter(module.weight.unpack())
+        inject(model, config, seed=0)
+        optimizer = torch.optim.SGD(trained_parameters(model).values(), lr=0.1)
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            said.append(model(TOKENS).logits)
+    torch.testing.assert_close(said[0], said[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_on_four_bits_is_not_mistaken_for_one_on_the_base(base):
+    prints = []
+    for quantised in (False, True):
+        model, tokenizer = load_base(base)
+        if quantised:
+            quantise_base(model)
+        inject(model, LORA, seed=0)
+        examples = tokenize_rows(tokenizer, make_rows(2), 100).examples
+        prints.append(take_fingerprint(model, examples, CONFIG, base_digest="0").inputs["lora"])
+    assert prints[0] != prints[1]
 
 
 def test_a_run_on_four_bits_goes_on_with_the_same_bits(base, tmp_path):

@@ -20,6 +20,7 @@ from lora_core.checkpoint import Fingerprint
 from lora_core.config import LoraConfig
 from lora_core.data import IGNORED, Example
 from lora_core.errors import BadConfig
+from lora_core.fingerprint import take_fingerprint
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from lora_core.inject import eject, inject, lora_layers
 from lora_core.merge import merge
@@ -154,6 +155,24 @@ def test_a_checkpoint_holds_the_allocator(llama, tmp_path):
     names = [name for name in state.tensors if name.startswith("layer.model.layers.0.self_attn.q_proj.")]
     assert len(names) == 7
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in states[3].tensors.items())
+
+
+def test_no_variant_is_mistaken_for_another_when_a_run_goes_on(llama, tmp_path):
+    def taken(config: LoraConfig) -> Fingerprint:
+        model = adapted(llama, config)
+        task = RankAllocator(model, config).task(CausalLM()) if isinstance(config, AdaLoraConfig) else CausalLM()
+        return take_fingerprint(model, EXAMPLES, TRAIN, base_digest="0", task=task)
+
+    others = {
+        "plain": LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+        "slower": replace(ADALORA, beta1=0.9),
+        "rows": LoraConfig(target_modules=TARGETS, trainable_token_indices={"": (5, 3)}),
+        "other_rows": LoraConfig(target_modules=TARGETS, trainable_token_indices={"": (5, 4)}),
+    }
+    configs = [*CONFIGS.values(), *others.values()]
+    prints = [json.dumps(dict(taken(config).inputs), sort_keys=True) for config in configs]
+    assert len(set(prints)) == len(configs)
+    assert prints == [json.dumps(dict(taken(config).inputs), sort_keys=True) for config in configs]
 
 
 def document(directory: Path) -> dict[str, Any]:
