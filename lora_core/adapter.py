@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from lora_core.adapter_names import PREFIX
 from lora_core.config import LoraConfig, match_targets
 from lora_core.errors import BadAdapter, KeyMismatch, ShapeMismatch
-from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, AdapterForm, inspect_adapter
 from lora_core.header import encode_header
 from lora_core.inject import adapter_layers, lora_layers, make_layers, put_in
 from lora_core.layer import AdapterLayer
 from lora_core.layers import LoraConv1D
 from lora_core.targets import PRESETS, matches, saved_module
-from lora_core.tensors import read_tensors
+from lora_core.tensors import is_zero, read_tensors
 from lora_core.variants import as_saved
 
 _COPY_OF_BASE = ".base_layer.weight"
@@ -73,19 +73,19 @@ def load_adapter(model: nn.Module, directory: Path) -> LoraConfig:
     Unknown, missing or misshapen tensors, NaN, and an adapter that changes nothing are errors; the model is then
     as it was.
     """
-    config, layers = read_layers(model, directory)
+    form, layers = read_layers(model, directory)
     put_in(model, layers)
-    return config
+    return form.facts.config
 
 
-def read_layers(model: nn.Module, directory: Path) -> tuple[LoraConfig, dict[str, AdapterLayer]]:
+def read_layers(model: nn.Module, directory: Path) -> tuple[AdapterForm, dict[str, AdapterLayer]]:
     """Path → the layer that does in `model` what the adapter in `directory` does there; none is put in.
 
     The file is read once, and its float32 factors are used where they lie.
     """
     form = inspect_adapter(directory)
     tensors = read_tensors(directory / WEIGHTS_FILE, form.header)
-    form.check_learned(lambda name: not tensors[name].float().numpy().any())
+    form.check_learned(lambda name: is_zero(tensors[name]))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         layers = make_layers(model, form.facts.config, seed=None)
@@ -94,7 +94,7 @@ def read_layers(model: nn.Module, directory: Path) -> tuple[LoraConfig, dict[str
         for parameter in trainable:
             parameter.requires_grad = True
         raise
-    return form.facts.config, layers
+    return form, layers
 
 
 def _fill(layers: Mapping[str, AdapterLayer], tensors: Mapping[str, Tensor]) -> None:

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import read_layers
-from lora_core.addition import add_deltas
+from lora_core.adapter_names import PREFIX
+from lora_core.addition import add_deltas, adds_product
 from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig, UnknownAdapter
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, AdapterForm, read_config_bytes
+from lora_core.header import ADAPTER_HEADER_BYTES, header_length
 from lora_core.inject import adapter_layers
 from lora_core.layer import AdapterLayer, LoraLayer
 from lora_core.mixed import mixed_layers
+from lora_core.tensors import is_zero, read_tensors
 
 How = Literal["attached", "merged"]
 
@@ -39,8 +43,21 @@ class _Spot:
 
 @dataclass(frozen=True)
 class _Loaded:
-    config: LoraConfig
+    """`head` are the bytes that tell all about the adapter but its numbers."""
+
+    form: AdapterForm
     layers: Mapping[str, AdapterLayer]
+    head: bytes
+
+    def is_plain(self) -> bool:
+        """Whether all there is are factors, float32 on the CPU as in the file, of which no layer keeps a result."""
+        tensors = [tensor for layer in self.layers.values() for tensor in layer.adapter_tensors().values()]
+        dtypes = {info.dtype for info in self.form.header.tensors}
+        return (
+            all(adds_product(layer) for layer in self.layers.values())
+            and dtypes == {"F32"}
+            and all(tensor.device.type == "cpu" for tensor in tensors)
+        )
 
 
 class LiveModel:
@@ -61,11 +78,13 @@ class LiveModel:
         self._placed: Mapping[str, nn.Module] = {}
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._buffers: dict[tuple[str, str], nn.Parameter] = {}
+        self._spare: Tensor | None = None
+        self._mixed = False
 
     @property
     def adapters(self) -> dict[str, LoraConfig]:
         """What is loaded, by name."""
-        return {name: loaded.config for name, loaded in self._adapters.items()}
+        return {name: loaded.form.facts.config for name, loaded in self._adapters.items()}
 
     @property
     def buffer_bytes(self) -> int:
@@ -76,12 +95,24 @@ class LiveModel:
         """Read the adapter in `directory` under a new name; the model goes on as it was. Errors: as `load_adapter`."""
         if name in self._adapters:
             raise BadConfig(f"an adapter {name} is loaded already; drop it first")
-        with self._base():
-            config, layers = read_layers(self.model, directory)
-        for layer in layers.values():
-            layer.requires_grad_(requires_grad=False)
-        self._adapters[name] = _Loaded(config, layers)
-        return config
+        self._adapters[name] = loaded = self._read(directory)
+        return loaded.form.facts.config
+
+    def replace(self, name: str, directory: Path) -> LoraConfig:
+        """Read the adapter in `directory` in the place of a loaded one, which goes on as it was if this fails.
+
+        Where the two differ in nothing but numbers, only these are read, and tensors of the former are used again.
+        """
+        loaded = self._find(name)
+        self._check_not_mixed()
+        active, how = self.active, self.how
+        if loaded.is_plain() and _head(directory) == loaded.head:
+            self._refill(loaded, directory)
+        else:
+            self._adapters[name] = loaded = self._read(directory)
+        if active == name:
+            self._return(active, how)
+        return loaded.form.facts.config
 
     def drop(self, name: str) -> None:
         """Forget an adapter. The base is at work afterwards if it was this one's turn."""
@@ -93,6 +124,7 @@ class LiveModel:
     def use(self, name: str | None) -> None:
         """Attach an adapter in place of the one at work; None is the base, bit for bit. Touches no number."""
         layers = self._find(name).layers if name is not None else {}
+        self._check_not_mixed()
         self._restore()
         self._place(layers)
         self.active, self.how = name, "attached"
@@ -105,6 +137,7 @@ class LiveModel:
         replaced as a whole. A sum that is too large for the weights' dtype is NonFinite, and the base is at work then.
         """
         layers = self._find(name).layers
+        self._check_not_mixed()
         self._restore()
         self.active = None
         merged = {path: layer for path, layer in layers.items() if _can_merge(layer)}
@@ -134,10 +167,16 @@ class LiveModel:
         active, how = self.active, self.how
         self.use(None)
         self._place(mixed_layers(names, adapters))
+        self._mixed = True
         try:
             yield
         finally:
+            self._mixed = False
             self._return(active, how)
+
+    def _check_not_mixed(self) -> None:
+        if self._mixed:
+            raise BadConfig("rows have their adapters until the block ends; change them before or after it")
 
     @contextmanager
     def _base(self) -> Iterator[None]:
@@ -147,6 +186,24 @@ class LiveModel:
             yield
         finally:
             self._return(active, how)
+
+    def _read(self, directory: Path) -> _Loaded:
+        head = _head(directory)
+        with self._base():
+            form, layers = read_layers(self.model, directory)
+        for layer in layers.values():
+            layer.requires_grad_(requires_grad=False)
+        return _Loaded(form, layers, head)
+
+    def _refill(self, loaded: _Loaded, directory: Path) -> None:
+        """Other numbers for the same layers: read beside the old, whose memory waits for the next."""
+        tensors = read_tensors(directory / WEIGHTS_FILE, loaded.form.header, self._spare)
+        loaded.form.check_learned(lambda name: is_zero(tensors[name]))
+        for path, layer in loaded.layers.items():
+            for name, parameter in layer.adapter_tensors().items():
+                before = parameter.untyped_storage()
+                parameter.data = tensors[f"{PREFIX}{path}.{name}"]
+        self._spare = torch.empty(0, dtype=torch.uint8).set_(before)
 
     def _return(self, active: str | None, how: How) -> None:
         if active is not None and how == "merged":
@@ -198,6 +255,15 @@ class LiveModel:
     def _swap(self, module: nn.Module, name: str, buffer: nn.Parameter) -> None:
         self._originals.append((module, name, getattr(module, name)))
         setattr(module, name, buffer)
+
+
+def _head(directory: Path) -> bytes:
+    """The config, and the header of the weights; nothing where one is missing."""
+    if not (directory / WEIGHTS_FILE).is_file() or not (directory / CONFIG_FILE).is_file():
+        return b""
+    with (directory / WEIGHTS_FILE).open("rb") as file:
+        prefix = file.read(8)
+        return read_config_bytes(directory) + prefix + file.read(header_length(prefix, max_bytes=ADAPTER_HEADER_BYTES))
 
 
 def _can_merge(layer: AdapterLayer) -> TypeGuard[LoraLayer]:

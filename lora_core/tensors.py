@@ -13,12 +13,12 @@ from lora_core.shards import ByteReader
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
-    """Name → tensor in the dtype of the file; they share the memory that the file was read into.
-
-    NaN and infinity are NonFinite.
+def read_tensors(path: Path, header: Header, memory: Tensor | None = None) -> dict[str, Tensor]:
+    """Name → tensor in the dtype of the file; they share the memory that the file was read into, `memory` if it is of
+    the right size. NaN and infinity are NonFinite.
     """
-    data = torch.empty(header.file_bytes - header.data_start, dtype=torch.uint8)
+    size = header.file_bytes - header.data_start
+    data = torch.empty(size, dtype=torch.uint8) if memory is None or memory.nbytes != size else memory
     with ByteReader(path) as reader:
         reader.read_into(header.data_start, data.numpy())
     tensors = {info.name: _view(data, info) for info in header.tensors}
@@ -30,6 +30,11 @@ def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise NonFinite(f"{name} holds NaN or infinity", tensor=name)
     return tensors
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether all its numbers are. Not torch's own: its threads cost more than the few numbers of a factor."""
+    return not tensor.float().numpy().any()
 
 
 def _view(data: Tensor, info: TensorInfo) -> Tensor:

@@ -148,6 +148,61 @@ def test_loading_and_dropping_others_does_not_disturb_the_one_at_work(live, adap
     assert torch.equal(say(live.model), before)
 
 
+@pytest.mark.parametrize("how", ["use", "merge"])
+def test_numbers_are_replaced_in_place_and_other_adapters_as_a_whole(live, llama, adapters, tmp_path, how):
+    memory = pointers(live, "plain")
+    getattr(live, how)("plain")
+    for seed in (7, 8, 9):
+        other = randomize_adapter(make_peft_adapter(llama, tmp_path / str(seed)), seed=seed)
+        live.replace("plain", other)
+        assert (live.active, live.how) == ("plain", "attached" if how == "use" else "merged")
+        torch.testing.assert_close(say(live.model), logits(llama, other), atol=2e-5, rtol=1e-4)
+        assert (how == "merge") is not bool(adapter_layers(live.model))
+    assert memory.isdisjoint(pointers(live, "plain"))
+    live.replace("plain", adapters["plain"])
+    assert memory == pointers(live, "plain")  # turn and turn about
+    for name in ("wide", "dora"):
+        live.replace("plain", adapters[name])
+        torch.testing.assert_close(say(live.model), logits(llama, adapters[name]), atol=2e-5, rtol=1e-4)
+
+
+def pointers(live: LiveModel, name: str) -> set[int]:
+    live.use(name)
+    layers = adapter_layers(live.model).values()
+    return {tensor.data_ptr() for layer in layers for tensor in layer.adapter_tensors().values()}
+
+
+@pytest.mark.parametrize("content", [0.0, float("nan")])
+def test_a_refused_replacement_leaves_the_one_before(live, llama, tmp_path, content):
+    live.use("plain")
+    before = say(live.model)
+    adapter = make_peft_adapter(llama, tmp_path / "lora")
+    tensors = {name: torch.full_like(tensor, content) for name, tensor in load_file(adapter / WEIGHTS_FILE).items()}
+    save_file(tensors, adapter / WEIGHTS_FILE, metadata={"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(LoraError):
+            live.replace("plain", adapter)
+        assert torch.equal(say(live.model), before)
+    with pytest.raises(LoraError):
+        live.replace("plain", tmp_path)
+    assert torch.equal(say(live.model), before)
+
+
+def test_nothing_changes_under_a_mixed_batch(live, adapters):
+    with live.rows(["plain", "wide", None, "plain", "wide"]):
+        before = say(live.model, ROWS)
+        for change in (
+            lambda: live.use("wide"),
+            lambda: live.merge("wide"),
+            lambda: live.load("new", adapters["plain"]),
+            lambda: live.replace("wide", adapters["plain"]),
+        ):
+            with pytest.raises(BadConfig, match="block"):
+                change()
+        assert torch.equal(say(live.model, ROWS), before)
+    live.use("wide")
+
+
 def test_dropping_the_one_at_work_gives_the_base_back(live, llama):
     live.merge("plain")
     live.drop("plain")
