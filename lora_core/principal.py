@@ -17,7 +17,7 @@ class PrincipalLinear(LoraLinear):
     """y = base(x) + scaling · x·(B·A − B₀·A₀)ᵀ, where A₀ and B₀, at which A and B start, are found in W.
 
     That is LoRA on the residual W − scaling·B₀·A₀, without changing W: ejected, the base is what it was. To the world
-    the layer is a plain LoRA of rank 2r, [A; A₀] and [B, −B₀], which fits the unchanged base.
+    the layer is a plain LoRA of rank 2r, [A; A − A₀] and [B − B₀, B₀], which fits the unchanged base.
     """
 
     start_A: Tensor
@@ -45,8 +45,13 @@ class PrincipalLinear(LoraLinear):
         return *super().settings(), self.method
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(2r, in) and (out, 2r): what is added to the base."""
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+        """(2r, in) and (out, 2r): what is added to the base.
+
+        [A; A₀] and [B, −B₀] are the same product. But rounded to half precision, as they are used there, A and A₀ would
+        be equal until they differ by their eighth bit; their difference, taken in float32, is not lost.
+        """
+        lora_A = torch.cat([self.lora_A, self.lora_A - self.start_A])
+        return lora_A, torch.cat([self.lora_B - self.start_B, self.start_B], 1)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """A plain LoRA of twice the rank."""

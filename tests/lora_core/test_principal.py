@@ -50,16 +50,30 @@ def test_start_and_training_are_those_of_peft(method, kind):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fresh_layer_changes_nothing_but_rounding_and_never_the_base(method):
+def test_a_fresh_layer_changes_nothing_and_training_never_the_base(method):
     layer = ours(method)
     before = layer.base_layer.weight.clone()
     assert not layer.has_learned()
-    torch.testing.assert_close(layer(x()), layer.base_layer(x()), atol=1e-5, rtol=1e-5)
+    assert torch.equal(layer(x()), layer.base_layer(x()))
     assert (trained(layer) - layer.base_layer(x())).abs().max() > 0.1
     assert torch.equal(layer.base_layer.weight, before)
     assert layer.has_learned()
     layer.enabled = False
     assert torch.equal(layer(x()), layer.base_layer(x()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_sees_changes_far_below_its_own_resolution(method):
+    layer = ours(method)
+    with torch.no_grad():
+        layer.lora_A *= 1 + 1e-4
+        added = x() @ layer.delta_weight().T
+        layer.base_layer.bfloat16()
+        layer.base_layer.weight.zero_()
+        layer.base_layer.bias.zero_()
+        seen = layer(x().bfloat16()).float()
+    assert 0 < added.norm() < 1e-2
+    assert (seen - added).norm() < 0.02 * added.norm()
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
