@@ -42,7 +42,8 @@ def gc(depot: Depot, *, dry_run: bool) -> None:
         _say(f"would condemn {_told(found.condemn)}")
         _say(f"would free {_told(found.sweep)}")
         return
-    done = collect(depot.sessions, depot.store, grace_seconds=grace)
+    kept = depot.settings.keep_checkpoints_seconds
+    done = collect(depot.sessions, depot.store, grace_seconds=grace, checkpoints_seconds=kept)
     _say(f"condemned {_told(done.condemned)}; they are deleted {grace:.0f} s from now at the earliest")
     _say(f"freed {_told(done.freed)}")
     _say(f"purged {done.purged_rows} rows")

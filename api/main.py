@@ -12,7 +12,7 @@ from api.context import make_depot
 from api.depot import adapters, base_models, merged, merges, objects, versions
 from api.errors import HANDLERS
 from api.guard import Guard
-from api.openai import files, job_control, job_progress, job_stream, jobs, models, webhooks
+from api.openai import files, job_checkpoints, job_control, job_progress, job_stream, jobs, models, webhooks
 from api.openai.upload import upload_folder
 from api.routing import require_permissions
 from registry import failpoints
@@ -23,6 +23,7 @@ ROUTERS = (
     jobs.router,
     job_control.router,
     job_progress.router,
+    job_checkpoints.router,
     job_stream.router,
     webhooks.router,
     models.router,

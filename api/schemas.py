@@ -41,6 +41,21 @@ def listing(model: type[T], items: Sequence[T], *, has_more: bool, cursor: Calla
     )
 
 
+STORED = {
+    "path": "adapter_model.safetensors",
+    "bytes": 1340000,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+}
+
+
+class StoredObject(BaseModel):
+    """One file of an artifact. Every byte of it is named by its SHA-256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
 class ErrorInfo(BaseModel):
     message: str
     type: str

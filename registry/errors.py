@@ -56,6 +56,18 @@ class Unauthenticated(DepotError):
     code = "missing_credentials"
 
 
+class CheckpointNotFound(NotFound):
+    """This job has no such checkpoint, or it is not kept any more."""
+
+    code = "checkpoint_not_found"
+
+
+class CheckpointNotPublishable(Conflict):
+    """This checkpoint holds no adapter that could be used: training had not changed anything yet."""
+
+    code = "checkpoint_not_publishable"
+
+
 class Unavailable(DepotError):
     """A part of the service does not answer; try again in a moment."""
 

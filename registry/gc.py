@@ -12,12 +12,16 @@ from sqlalchemy.orm import Session
 
 from registry.db import SessionFactory, transaction
 from registry.failpoints import hit
+from registry.jobs.checkpoints import IS_COMMITTED, prune_checkpoints
 from registry.jobs.clock import NOW
 from registry.jobs.conditions import IS_OWNED
-from registry.models import Blob, IdempotencyKey, Job, Outbox, WebhookDelivery
+from registry.jobs.moves import lock_job
+from registry.jobs.states import JobState
+from registry.models import Blob, Checkpoint, IdempotencyKey, Job, Outbox, WebhookDelivery
 from registry.storage import ObjectStore
 
 BATCH = 200
+KEEP_CHECKPOINTS_SECONDS = 7 * 24 * 3600.0
 KEPT = timedelta(hours=72)  # sent wake-ups, and how long a request can be repeated under its key
 
 
@@ -46,10 +50,18 @@ class Collected:
     purged_rows: int
 
 
-def collect(sessions: SessionFactory, store: ObjectStore, *, grace_seconds: float) -> Collected:
-    """Condemns what has been unreferenced since its making and is older than the grace, deletes what was condemned
-    for as long as that, and purges old rows. Any number of collectors may run at once."""
+def collect(
+    sessions: SessionFactory,
+    store: ObjectStore,
+    *,
+    grace_seconds: float,
+    checkpoints_seconds: float = KEEP_CHECKPOINTS_SECONDS,
+) -> Collected:
+    """Drops the checkpoints of jobs that ended without success that long ago; condemns what has been unreferenced since
+    its making and is older than the grace, deletes what was condemned for as long as that, and purges old rows. Any
+    number of collectors may run at once."""
     grace = timedelta(seconds=grace_seconds)
+    forget_checkpoints(sessions, older_than=timedelta(seconds=checkpoints_seconds))
     with transaction(sessions) as session:
         condemned = condemn(session, grace=grace)
     hit("gc.condemned")
@@ -63,6 +75,21 @@ def survey(session: Session, *, grace_seconds: float) -> Survey:
     """The dry run: counts, and changes nothing."""
     grace = timedelta(seconds=grace_seconds)
     return Survey(_amount(session, _garbage(grace)), _amount(session, _ripe(grace)))
+
+
+def forget_checkpoints(sessions: SessionFactory, *, older_than: timedelta) -> int:
+    """Drops the checkpoints of jobs that failed or were cancelled, one job at a time; answers how many. Versions that
+    were published from them keep their files."""
+    left = exists().where(Checkpoint.job_id == Job.id, IS_COMMITTED)
+    ended = Job.state.in_((JobState.FAILED, JobState.CANCELLED)) & (Job.finished_at < NOW - older_than)
+    with transaction(sessions) as session:
+        job_ids = session.scalars(select(Job.id).where(ended, left)).all()
+    forgotten = 0
+    for job_id in job_ids:
+        with transaction(sessions) as session:
+            lock_job(session, job_id)
+            forgotten += prune_checkpoints(session, job_id, keep=0)
+    return forgotten
 
 
 def condemn(session: Session, *, grace: timedelta) -> Amount:

@@ -74,6 +74,9 @@ class Settings(BaseSettings):
         gt=0,
         description="Age at which unreferenced bytes are condemned, and how long they then stay",
     )
+    keep_checkpoints_seconds: float = Field(
+        default=7 * 24 * 3600.0, gt=0, description="How long jobs that failed or were cancelled keep their checkpoints"
+    )
     webhook_allow_lan: bool = Field(
         default=False, description="Lets tenants send webhooks to private addresses, any port, and plain http"
     )

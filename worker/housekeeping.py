@@ -92,11 +92,13 @@ def make_messenger(sessions: SessionFactory, *, pepper: bytes, allow_lan: bool, 
     return Chore("messenger", run, seconds=seconds, longest_seconds=60.0)
 
 
-def make_collector(sessions: SessionFactory, store: ObjectStore, *, seconds: float, grace_seconds: float) -> Chore:
+def make_collector(
+    sessions: SessionFactory, store: ObjectStore, *, seconds: float, grace_seconds: float, checkpoints_seconds: float
+) -> Chore:
     """Deletes bytes that nobody refers to."""
 
     def run() -> None:
-        done = collect(sessions, store, grace_seconds=grace_seconds)
+        done = collect(sessions, store, grace_seconds=grace_seconds, checkpoints_seconds=checkpoints_seconds)
         if done.condemned.objects or done.freed.objects:
             log.info("garbage: %s condemned, %s freed", done.condemned, done.freed)
 

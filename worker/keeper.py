@@ -6,12 +6,12 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lora_core.checkpoint import CHECKPOINT_FILES, TENSORS_FILE, CheckpointDocument, read_document
 from lora_core.errors import BadCheckpoint
@@ -30,6 +30,8 @@ STORE_SECONDS = {Stop.LOST: 0.0, Stop.CANCEL: 0.0, Stop.DRAIN: 10.0, Stop.DETACH
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+# What the adapter in a folder, trained to these metrics, is made from; None if it cannot be used.
+DescribeAdapter = Callable[[Path, Mapping[str, float]], dict[str, Any] | None]
 
 
 class Superseded(Exception):
@@ -41,10 +43,11 @@ class CheckpointKeeper:
 
     Whatever goes wrong here costs a checkpoint, never the run; only a lost fence ends it."""
 
-    def __init__(self, host: Host, attempt: Attempt, folder: Path) -> None:
+    def __init__(self, host: Host, attempt: Attempt, folder: Path, describe_adapter: DescribeAdapter) -> None:
         self._host = host
         self._attempt = attempt
         self._folder = folder
+        self._describe_adapter = describe_adapter
         self._changed = threading.Condition()
         self._resumed: ResumedMessage | None = None
         self._newest: CheckpointMessage | None = None
@@ -113,13 +116,20 @@ class CheckpointKeeper:
         directory = self._folder / str(message.step)
         files = [describe(directory, name) for name in CHECKPOINT_FILES]
         document = check_document(directory, message.step, files)
+        adapter = self._describe_adapter(directory, message.metrics)
+        if adapter is not None:
+            files += [OutputFile(**file) for file in adapter["files"]]
         hit("ckpt.hashed")
         blobs: dict[str, uuid.UUID] = {}
         for file in files:
             store = partial(store_output, self._host, self._attempt, directory, file)
             blobs[file.path] = self._persist(store, f"storing {file.path} of")
             hit("ckpt.stored")
-        manifest = {"files": [asdict(file) for file in files], "fingerprint": asdict(document.fingerprint)}
+        manifest: dict[str, Any] = {
+            "files": [asdict(file) for file in files],
+            "fingerprint": asdict(document.fingerprint),
+        }
+        manifest["adapter"] = adapter
 
         def commit() -> None:
             with transaction(self._host.sessions) as session:
@@ -168,9 +178,11 @@ class CheckpointKeeper:
 
 
 @contextmanager
-def keep_checkpoints(host: Host, attempt: Attempt, folder: Path) -> Iterator[CheckpointKeeper]:
+def keep_checkpoints(
+    host: Host, attempt: Attempt, folder: Path, describe_adapter: DescribeAdapter
+) -> Iterator[CheckpointKeeper]:
     """A keeper of what a child saves below `folder`."""
-    keeper = CheckpointKeeper(host, attempt, folder)
+    keeper = CheckpointKeeper(host, attempt, folder, describe_adapter)
     try:
         yield keeper
     finally:

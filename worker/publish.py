@@ -1,14 +1,16 @@
 """From files in a child's `out/` to a published result: check, hash, store, and one fenced transaction."""
 
+import math
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any
 
+from lora_core.config import scaling as scaling_of
 from lora_core.errors import LoraError, NonFinite
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from registry.blobs import store_file
@@ -80,9 +82,22 @@ def check_trained(out: Path, inputs: TrainInputs) -> None:
         message = "Training ended without a usable adapter; the worker's log has the details."
         raise JobFailed("bug", "invalid_adapter", message) from error
     asked = inputs.spec.lora
-    found = (config.base_model_name_or_path, config.r, config.lora_alpha, config.use_rslora)
-    if found != (inputs.base.name, asked.r, asked.lora_alpha, asked.use_rslora):
+    ranks = (asked.r, 2 * asked.r) if asked.may_double() else (asked.r,)
+    scaling = scaling_of(config.lora_alpha, config.r, use_rslora=config.use_rslora)
+    wanted = scaling_of(asked.lora_alpha, asked.r, use_rslora=asked.use_rslora)
+    same = config.base_model_name_or_path == inputs.base.name and config.use_rslora == asked.use_rslora
+    if not same or config.r not in ranks or not math.isclose(scaling, wanted):
         raise JobFailed("bug", "invalid_adapter", "Training made another adapter than the one that was asked for.")
+
+
+def describe_adapter(inputs: TrainInputs, folder: Path, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+    """The manifest of the adapter that lies beside a checkpoint; None if the gate would not let it pass."""
+    try:
+        files = [describe(folder, name) for name in ADAPTER_FILES]
+        check_trained(folder, inputs)
+    except JobFailed:
+        return None
+    return make_manifest(inputs, files, ResultMessage(metrics=dict(metrics)))
 
 
 def describe(out: Path, name: str) -> OutputFile:

@@ -1,6 +1,7 @@
 """Checkpoints as the child sees them: when to save one, and whether a given one can be gone on from. Needs torch."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,20 @@ class Saver:
     """Saves every `seconds`, when the worker drains, and at the end of a run that is long enough to have been saved."""
 
     def __init__(
-        self, folder: Path, fingerprint: Fingerprint, reporter: Reporter, *, seconds: float, resumed: bool
+        self,
+        folder: Path,
+        fingerprint: Fingerprint,
+        reporter: Reporter,
+        *,
+        save_adapter: Callable[[Path], None],
+        seconds: float,
+        resumed: bool,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._fingerprint = fingerprint
         self._reporter = reporter
+        self._save_adapter = save_adapter
         self._seconds = seconds
         self._due = time.monotonic() + seconds
         self._is_long = resumed
@@ -33,10 +42,12 @@ class Saver:
         return self._reporter.is_draining or time.monotonic() >= self._due
 
     def save(self, state: TrainState) -> None:
-        """Write `<folder>/<step>/` and tell. A full disk costs this checkpoint, not the run."""
+        """Write `<folder>/<step>/`, with the adapter as it is now, and tell. A full disk costs this checkpoint, not the
+        run."""
         self._is_long = True
         try:
             save_checkpoint(self._folder / str(state.step), state, self._fingerprint)
+            self._save_adapter(self._folder / str(state.step))
         except OSError as error:
             self._reporter.note(f"No checkpoint was saved at step {state.step}: {error.strerror}.", level="warn")
         else:

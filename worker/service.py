@@ -99,7 +99,13 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
             lease_seconds=settings.lease_seconds,
             max_infra_failures=settings.max_infra_failures,
         ),
-        make_collector(sessions, store, seconds=settings.gc_seconds, grace_seconds=settings.gc_grace_seconds),
+        make_collector(
+            sessions,
+            store,
+            seconds=settings.gc_seconds,
+            grace_seconds=settings.gc_grace_seconds,
+            checkpoints_seconds=settings.keep_checkpoints_seconds,
+        ),
         make_messenger(
             sessions,
             pepper=settings.secret_key.get_secret_value().encode(),

@@ -68,14 +68,22 @@ def fit(
 ) -> tuple[TrainResult, float]:
     """Put the adapter into the model and train it, from where it was last; and the seconds that took."""
     training, validation = data
-    inject(model, adapter_config(task), seed=task.spec.seed)
+    config = adapter_config(task)
+    inject(model, config, seed=task.spec.seed)
     settings = train_config(task.spec)
     goal = DPO(task.spec.beta) if task.spec.method == "dpo" else default_task(model)
     fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=goal)
     # Not part of what makes it this run: after running out of memory it goes on in smaller pieces.
     tokens_per_batch = max(1, settings.tokens_per_batch >> task.halvings)
     state = find_state(task, fingerprint, reporter, tokens_per_batch=tokens_per_batch)
-    saver = Saver(workspace / CHECKPOINTS, fingerprint, reporter, seconds=task.checkpoint_seconds, resumed=bool(state))
+    saver = Saver(
+        workspace / CHECKPOINTS,
+        fingerprint,
+        reporter,
+        save_adapter=partial(save_adapter, model, config),
+        seconds=task.checkpoint_seconds,
+        resumed=bool(state),
+    )
     reporter.phase("training")
     started = time.monotonic()
     result = train(
@@ -134,6 +142,7 @@ def train_config(spec: TrainSpec) -> TrainConfig:
         batch_size=spec.batch_size,
         max_steps=spec.max_steps,
         learning_rate=spec.learning_rate,
+        loraplus_lr_ratio=spec.loraplus_lr_ratio,
         lr_scheduler_type=spec.lr_scheduler_type,
         warmup_ratio=spec.warmup_ratio,
         weight_decay=spec.weight_decay,

@@ -1,5 +1,6 @@
 """A training job from claim to published version."""
 
+from functools import partial
 from pathlib import Path
 
 from registry.jobs.inputs import train_inputs
@@ -9,7 +10,7 @@ from worker.heart import Heart
 from worker.host import Host
 from worker.inputs import fetch_base, fetch_checkpoint, fetch_file, read_inputs
 from worker.keeper import keep_checkpoints
-from worker.publish import publish_adapter
+from worker.publish import describe_adapter, publish_adapter
 from worker.run_task import run_task
 from worker.task import CHECKPOINTS, OUT, TrainTask
 
@@ -37,6 +38,6 @@ def run_train(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
         halvings=inputs.halvings,
         stay=host.warm.keeps,
     )
-    with keep_checkpoints(host, attempt, workspace / CHECKPOINTS) as keeper:
+    with keep_checkpoints(host, attempt, workspace / CHECKPOINTS, partial(describe_adapter, inputs)) as keeper:
         result = run_task(host, attempt, task, workspace, base_digest=inputs.base.digest, on_checkpoint=keeper.hear)
     publish_adapter(host, attempt, heart, inputs, out=workspace / OUT, result=result)

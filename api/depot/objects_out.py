@@ -12,10 +12,9 @@ from api.depot.schemas import (
     LineageObject,
     MergeError,
     MergeObject,
-    StoredObject,
     VersionObject,
 )
-from api.schemas import unix, unix_or_none
+from api.schemas import StoredObject, unix, unix_or_none
 from registry.adapters import alias_numbers, latest_numbers
 from registry.ids import public_id
 from registry.jobs.states import JobState
@@ -73,13 +72,23 @@ def _version(
         aliases=[name for name, number in aliases.items() if number == version.version],
         base_model=adapter.base_model.name,
         digest=digest(version.digest),
-        job_id=public_id("ftjob", version.job_id),
+        job_id=public_id("ftjob", _job_of(version)),
+        checkpoint=public_id("ftckpt", version.checkpoint_id) if version.checkpoint_id else None,
         metrics=version.metrics,
         lora=version.manifest.get("spec", {}).get("lora", {}),
         lineage=[_edge(edge, adapter.base_model) for edge in lineage[version.id]],
         files=stored_objects(version.files),
         created_at=unix(version.created_at),
     )
+
+
+def _job_of(version: Version) -> uuid.UUID:
+    """The job that trained it, whether it is the result or a checkpoint on the way there."""
+    if version.checkpoint is not None:
+        return version.checkpoint.job_id
+    if version.job_id is None:
+        raise RuntimeError(f"version {version.id} is of nothing")
+    return version.job_id
 
 
 def _edge(edge: LineageEdge, base: BaseModel) -> LineageObject:

@@ -4,12 +4,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from api.schemas import Body, shown
+from api.schemas import STORED, Body, StoredObject, shown
 from lora_core.merge_options import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE, Start
 
 DIGEST = "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _SHA256 = DIGEST.removeprefix("sha256:")
-STORED = {"path": "adapter_model.safetensors", "bytes": 1340000, "sha256": _SHA256}
 LORA = {"r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
 EDGES = [
     {"relation": "based_on", "kind": "base_model", "id": "Qwen/Qwen3-0.6B", "digest": DIGEST},
@@ -37,6 +36,7 @@ VERSION = {
     "base_model": "Qwen/Qwen3-0.6B",
     "digest": DIGEST,
     "job_id": "ftjob-0f5c3a1e8d7b4c62a9f01b2c3d4e5f60",
+    "checkpoint": None,
     "metrics": {"train_loss": 1.21},
     "lora": LORA,
     "lineage": EDGES,
@@ -158,14 +158,6 @@ BASE_MODEL_CREATE = {
 }
 
 
-class StoredObject(BaseModel):
-    """One file of an artifact. Every byte of it is named by its SHA-256."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
 class LineageObject(BaseModel):
     """One thing this was made from, and its digest at the time."""
 
@@ -187,7 +179,7 @@ class AdapterObject(BaseModel):
 
 
 class VersionObject(BaseModel):
-    """What one job published. The number names these bytes for ever."""
+    """What one job published, or a `checkpoint` of it that was published. The number names these bytes for ever."""
 
     model_config = shown(VERSION)
 
@@ -199,6 +191,7 @@ class VersionObject(BaseModel):
     base_model: str
     digest: str
     job_id: str
+    checkpoint: str | None
     metrics: dict[str, Any] | None
     lora: dict[str, Any]
     lineage: list[LineageObject]

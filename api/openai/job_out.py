@@ -15,7 +15,7 @@ from api.openai.schemas import (
     Scheduling,
     Supervised,
 )
-from api.schemas import unix, unix_or_none
+from api.schemas import StoredObject, unix, unix_or_none
 from registry.ids import public_id
 from registry.jobs.names import JobNames, job_names
 from registry.jobs.spec import TrainSpec
@@ -92,19 +92,22 @@ def event_object(event: JobEvent) -> EventObject:
     )
 
 
-def checkpoint_object(checkpoint: Checkpoint, adapter: str) -> CheckpointObject:
-    """A checkpoint row as clients see it."""
+def checkpoint_object(checkpoint: Checkpoint, adapter: str, version: int | None) -> CheckpointObject:
+    """A checkpoint row as clients see it; `version` is what it was published as."""
+    found = (checkpoint.manifest.get("adapter") or {}).get("files", [])
     metrics = checkpoint.metrics
     return CheckpointObject(
         id=public_id("ftckpt", checkpoint.id),
         created_at=unix(checkpoint.created_at),
-        fine_tuned_model_checkpoint=f"{adapter}:ckpt-step-{checkpoint.step}",
+        fine_tuned_model_checkpoint=f"{adapter}@{version}" if version else f"{adapter}:ckpt-step-{checkpoint.step}",
         fine_tuning_job_id=public_id("ftjob", checkpoint.job_id),
         step_number=checkpoint.step,
         metrics=CheckpointMetrics(
             step=checkpoint.step, train_loss=metrics.get("train_loss"), valid_loss=metrics.get("valid_loss")
         ),
         bytes=sum(file["size"] for file in checkpoint.manifest["files"]),
+        files=[StoredObject(path=file["path"], bytes=file["size"], sha256=file["sha256"]) for file in found],
+        version=version,
     )
 
 

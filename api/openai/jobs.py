@@ -20,6 +20,7 @@ from registry.jobs.cancel import request_cancel
 from registry.jobs.checkpoints import list_checkpoints
 from registry.jobs.events import list_events
 from registry.jobs.names import job_names
+from registry.jobs.promote import published_as
 from registry.jobs.queries import get_job, list_jobs
 
 router = Router("Fine-tuning")
@@ -168,7 +169,8 @@ def checkpoints(
     found = get_job(session, tenant_id=principal.tenant_id, job_id=parse_job_id(job_id))
     page = list_checkpoints(session, job_id=found.id, after=_cursor(after, "ftckpt"), limit=limit)
     adapter = job_names(session, [found])[found.id].adapter
-    items = [checkpoint_object(checkpoint, adapter) for checkpoint in page.items]
+    published = published_as(session, [checkpoint.id for checkpoint in page.items])
+    items = [checkpoint_object(checkpoint, adapter, published.get(checkpoint.id)) for checkpoint in page.items]
     return listing(CheckpointObject, items, has_more=page.has_more, cursor=lambda checkpoint: checkpoint.id)
 
 

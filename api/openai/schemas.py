@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from api.schemas import shown
+from api.schemas import STORED, StoredObject, shown
 
 _FILE_ID = "file-6b1f0c2d9a7e4f53b8d21c0a9e4f7d13"
 _JOB_ID = "ftjob-0f5c3a1e8d7b4c62a9f01b2c3d4e5f60"
@@ -70,6 +70,8 @@ CHECKPOINT = {
     "step_number": 30,
     "metrics": {"step": 30, "train_loss": 1.612, "valid_loss": 1.704},
     "bytes": 3145728,
+    "files": [STORED],
+    "version": None,
 }
 MODEL = {"id": "support-bot@7", "object": "model", "created": 1790000104, "owned_by": "depot", "shutdown_date": None}
 
@@ -205,7 +207,8 @@ class CheckpointMetrics(BaseModel):
 
 
 class CheckpointObject(BaseModel):
-    """Where an interrupted job goes on from. Its name tells people which one it is; it is no version yet."""
+    """Where an interrupted job goes on from, and the adapter as it was then: `files`, none while training had changed
+    nothing. The name tells people which one it is; it is `name@7`, and `version` 7, once it was published."""
 
     model_config = shown(CHECKPOINT)
 
@@ -217,6 +220,8 @@ class CheckpointObject(BaseModel):
     step_number: int
     metrics: CheckpointMetrics
     bytes: int
+    files: list[StoredObject]
+    version: int | None
 
 
 class ModelObject(BaseModel):

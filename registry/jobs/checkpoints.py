@@ -1,6 +1,7 @@
 """Where an interrupted job goes on from. Committed by its owner, taken up by the next one, dropped when it succeeds.
 
-A job that failed or was cancelled keeps its last ones, so that its training is not lost with it."""
+A job that failed or was cancelled keeps its last ones, so that its training is not lost with it: for as long as the
+garbage collection lets them."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ KEPT = 2  # the newest, and one to fall back to
 Resume = Literal["exact", "best_effort"]
 
 # A literal, because a plan for any parameter cannot use the partial index.
-_COMMITTED = Checkpoint.state == literal("committed", literal_execute=True)
+IS_COMMITTED = Checkpoint.state == literal("committed", literal_execute=True)
 
 
 def commit_checkpoint(
@@ -58,7 +59,7 @@ def commit_checkpoint(
 
 def newest_checkpoints(session: Session, job_id: uuid.UUID, *, limit: int = KEPT) -> list[Checkpoint]:
     """What the job can go on from, furthest first, with files."""
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, _COMMITTED)
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, IS_COMMITTED)
     query = query.order_by(Checkpoint.step.desc(), Checkpoint.fence.desc()).limit(limit)
     return list(session.scalars(query.options(selectinload(Checkpoint.files))))
 
@@ -68,7 +69,7 @@ def list_checkpoints(
 ) -> Page[Checkpoint]:
     """The checkpoints whose bytes are kept, newest first; `after` may be one that was pruned meanwhile."""
     anchors = select(Checkpoint).where(Checkpoint.job_id == job_id)
-    return page_by_age(session, anchors.where(_COMMITTED), Checkpoint, after=after, limit=limit, anchors=anchors)
+    return page_by_age(session, anchors.where(IS_COMMITTED), Checkpoint, after=after, limit=limit, anchors=anchors)
 
 
 def mark_corrupt(session: Session, *, job_id: uuid.UUID, fence: int, checkpoint_id: uuid.UUID) -> None:
@@ -76,7 +77,7 @@ def mark_corrupt(session: Session, *, job_id: uuid.UUID, fence: int, checkpoint_
     lock_owned(session, job_id, fence)
     step = session.scalar(
         update(Checkpoint)
-        .where(Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id, _COMMITTED)
+        .where(Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id, IS_COMMITTED)
         .values(state="corrupt")
         .returning(Checkpoint.step)
     )
@@ -103,7 +104,7 @@ def record_resume(
 
 def prune_checkpoints(session: Session, job_id: uuid.UUID, *, keep: int) -> int:
     """Drops the files of all but the `keep` furthest checkpoints; answers how many. The caller holds the job's lock."""
-    query = select(Checkpoint.id).where(Checkpoint.job_id == job_id, _COMMITTED)
+    query = select(Checkpoint.id).where(Checkpoint.job_id == job_id, IS_COMMITTED)
     surplus = session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.fence.desc()).offset(keep)).all()
     session.execute(update(Checkpoint).where(Checkpoint.id.in_(surplus)).values(state="pruned"))
     _drop_files(session, surplus)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from lora_core.checkpoint import CHECKPOINT_FILES
 from registry.base_models import base_files
 from registry.errors import FileNotFound, VersionNotFound
 from registry.jobs.attempts import count_endings
@@ -105,7 +106,11 @@ def version_input(session: Session, version: Version) -> VersionInput:
 def checkpoint_inputs(session: Session, job: Job) -> list[CheckpointInput]:
     """What an interrupted job can go on from, furthest first."""
     return [
-        CheckpointInput(row.id, row.step, tuple(_stored(file.path, file.blob) for file in row.files))
+        CheckpointInput(
+            row.id,
+            row.step,
+            tuple(_stored(file.path, file.blob) for file in row.files if file.path in CHECKPOINT_FILES),
+        )
         for row in newest_checkpoints(session, job.id)
     ]
 

@@ -52,7 +52,7 @@ def publish_version(
     version = Version(
         tenant_id=job.tenant_id,
         adapter_id=job.adapter_id,
-        version=_next_number(session, job),
+        version=next_number(session, job),
         job_id=job.id,
         fence=fence,
         manifest=manifest,
@@ -63,7 +63,7 @@ def publish_version(
     session.add(version)
     session.flush()
     session.add_all(VersionFile(version_id=version.id, path=path, blob_id=blob) for path, blob in files.items())
-    _record_parents(session, job, version)
+    record_parents(session, job, version)
     job.trained_tokens = trained_tokens
     prune_checkpoints(session, job.id, keep=0)
     told = f"Published {version.adapter.name}@{version.version}."
@@ -125,7 +125,8 @@ def _lock_publishable(session: Session, job_id: uuid.UUID, fence: int) -> Job:
     return job
 
 
-def _next_number(session: Session, job: Job) -> int:
+def next_number(session: Session, job: Job) -> int:
+    """The next version number of the adapter that the job publishes to."""
     taken = update(Adapter).where(Adapter.id == job.adapter_id).values(next_version=Adapter.next_version + 1)
     numbers = session.scalars(
         taken.returning(Adapter.next_version - 1), execution_options={"synchronize_session": False}
@@ -133,7 +134,8 @@ def _next_number(session: Session, job: Job) -> int:
     return numbers.one()
 
 
-def _record_parents(session: Session, job: Job, version: Version) -> None:
+def record_parents(session: Session, job: Job, version: Version) -> None:
+    """What the job was given is what the version was made from."""
     child: lineage.Node = ("version", version.id)
     _record_base(session, child, job)
     inputs: list[tuple[lineage.Relation, uuid.UUID | None]] = [

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from registry.db import Base
 from registry.models.base_model import BaseModel
 from registry.models.blob import Blob
+from registry.models.checkpoint import Checkpoint
 from registry.models.columns import SHA256, Created, Id, Json, Moment
 
 
@@ -34,12 +35,15 @@ class Adapter(Base):
 
 
 class Version(Base):
-    """What one job published. `(adapter, version)` names the same bytes for ever."""
+    """What one job published, or somebody from one of its checkpoints. `(adapter, version)` names the same bytes for
+    ever."""
 
     __tablename__ = "versions"
     __table_args__ = (
         UniqueConstraint("adapter_id", "version"),
         UniqueConstraint("job_id"),  # publication is exactly-once
+        UniqueConstraint("checkpoint_id"),
+        CheckConstraint("(job_id IS NULL) <> (checkpoint_id IS NULL)", name="made_by_job_or_checkpoint"),
         CheckConstraint("version >= 1", name="starts_at_one"),
         CheckConstraint(f"digest {SHA256}", name="digest_is_hex"),
     )
@@ -48,7 +52,10 @@ class Version(Base):
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
     adapter_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("adapters.id"))
     version: Mapped[int]
-    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"))
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
+    checkpoint_id: Mapped[uuid.UUID | None] = mapped_column(
+        ForeignKey("checkpoints.id"), comment="the checkpoint that was published; null: the result of job_id"
+    )
     fence: Mapped[int] = mapped_column(BigInteger)
     manifest: Mapped[Json] = mapped_column(
         comment="files, base digest, dataset digest, training spec, library versions"
@@ -63,6 +70,7 @@ class Version(Base):
     deleted_at: Mapped[Moment | None]
 
     adapter: Mapped[Adapter] = relationship(lazy="joined", innerjoin=True)
+    checkpoint: Mapped[Checkpoint | None] = relationship(lazy="joined")
     files: Mapped[list["VersionFile"]] = relationship(lazy="raise", order_by="VersionFile.path")
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from httpx import Response
 from openai import OpenAI
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from registry.db import SessionFactory, transaction
@@ -16,6 +18,17 @@ from tests.api.conftest import bearer, refused
 from tests.factories import make_blob
 
 Submit = Callable[..., Any]
+
+
+def made_of(session: Session, *, usable: bool) -> dict[str, Any]:
+    """Files and manifest of a checkpoint; if it is `usable`, with an adapter."""
+    adapter = make_blob(session)
+    state = {"path": "checkpoint.json", "size": 3, "sha256": "0" * 64}
+    weights = {"path": "adapter_model.safetensors", "size": adapter.size, "sha256": adapter.sha256}
+    return {
+        "files": {"checkpoint.json": make_blob(session).id, weights["path"]: adapter.id},
+        "manifest": {"files": [state], "adapter": {"files": [weights]} if usable else None},
+    }
 
 
 @pytest.fixture
@@ -31,8 +44,7 @@ def saved(submit: Submit, sessions: SessionFactory) -> str:
                 job_id=job.id,
                 fence=job.fence or 0,
                 step=step,
-                files={"checkpoint.json": make_blob(session).id},
-                manifest={"files": [{"path": "checkpoint.json", "size": 3, "sha256": "0" * 64}]},
+                **made_of(session, usable=step > 20),
                 metrics={"train_loss": 1 / step},
             )
     return job_id
@@ -48,6 +60,42 @@ def test_the_newest_comes_first(client: TestClient, saved: str) -> None:
     assert first["fine_tuning_job_id"] == saved
     assert first["metrics"] == {"step": 30, "train_loss": 1 / 30, "valid_loss": None}
     assert first["bytes"] == 3
+
+
+def publish(client: TestClient, job_id: str, number: int = 0, **options: Any) -> Response:
+    """Of the checkpoint at this place of the list."""
+    address = f"/v1/fine_tuning/jobs/{job_id}/checkpoints"
+    checkpoint = client.get(address).json()["data"][number]["id"]
+    return client.post(f"{address}/{checkpoint}/publish", **options)
+
+
+def test_a_checkpoint_is_published_once(client: TestClient, saved: str) -> None:
+    version = publish(client, saved).json()
+    assert (version["object"], version["ref"], version["job_id"]) == ("adapter.version", "support-bot@1", saved)
+    first = client.get(f"/v1/fine_tuning/jobs/{saved}/checkpoints").json()["data"][0]
+    assert (first["id"], first["version"]) == (version["checkpoint"], 1)
+    assert first["fine_tuned_model_checkpoint"] == "support-bot@1"
+    assert first["files"] == version["files"]
+    assert publish(client, saved).json() == version
+    assert client.get("/v1/adapters/support-bot/versions/1").json() == version
+    assert "support-bot@1" in {model["id"] for model in client.get("/v1/models").json()["data"]}
+
+
+def test_the_adapter_of_a_checkpoint_is_downloaded_like_any_file(client: TestClient, saved: str) -> None:
+    address = f"/v1/fine_tuning/jobs/{saved}/checkpoints"
+    first = client.get(address).json()["data"][0]
+    (file,) = first["files"]
+    answer = client.get(f"{address}/{first['id']}/files/{file['path']}", follow_redirects=False)
+    assert (answer.status_code, answer.headers["x-depot-sha256"]) == (302, file["sha256"])
+    refused(client.get(f"{address}/{first['id']}/files/checkpoint.json"), 404, "artifact_not_found")
+
+
+def test_what_cannot_be_published_says_why(client: TestClient, saved: str, other_key: str) -> None:
+    refused(publish(client, saved, 1), 409, "checkpoint_not_publishable")
+    address = f"/v1/fine_tuning/jobs/{saved}/checkpoints"
+    for strange in ("x", saved, public_id("ftckpt", uuid.uuid4())):
+        refused(client.post(f"{address}/{strange}/publish"), 404, "checkpoint_not_found")
+    refused(publish(client, saved, headers=bearer(other_key)), 404, "job_not_found")
 
 
 def test_pages_meet(client: TestClient, saved: str) -> None:

@@ -128,6 +128,7 @@ def test_after_the_machine_ran_out_of_memory_less_is_in_it_at_once(
     train_adapter(saving, tmp_path / "first", reporter)
     resumed = {"halvings": 3, "resume_from": tmp_path / "first" / "checkpoints" / "2"}
     train_adapter(task.model_copy(update=resumed), tmp_path / "second", reporter)
+    assert check_adapter(resumed["resume_from"]).config.r == 4  # what was learned so far lies beside it
     full = in_force[0][0]
     assert in_force == [(full, None), (full // 8, full // 8)]
     with said.open("rb") as lines:

@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keeper(host: Host, attempt: Attempt, folder: Path) -> Iterator[CheckpointKeeper]:
-    keeper = CheckpointKeeper(host, attempt, folder)
+    keeper = CheckpointKeeper(host, attempt, folder, lambda *_: None)
     yield keeper
     attempt.stop(Stop.LOST)  # leaves at once
     keeper.close()
