@@ -34,6 +34,7 @@ def fold(
     options: MergeOptions,
     progress: Progress,
     recipe: bytes | None = None,
+    digests: bool = False,
     expected: Mapping[str, str] | None = None,
 ) -> "MergeReport":
     """Merge two folders into the new folder `out`; CommandError when that cannot be done."""
@@ -54,6 +55,7 @@ def fold(
             dtype=None if options.dtype == "base" else options.dtype,
             scale=options.scale,
             shard_size=options.shard_size,
+            digests=digests,
             expected=expected,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -105,7 +107,16 @@ def merge_here(
         files = version["files"]
         download(files, lambda path: client.version_link(name, number, path), adapter, progress=progress)
         with _only(base, registered if is_registered else None) as source:
-            report = fold(source, adapter, out, options=options, progress=progress, recipe=recipe, expected=expected)
+            report = fold(
+                source,
+                adapter,
+                out,
+                options=options,
+                progress=progress,
+                recipe=recipe,
+                digests=True,
+                expected=expected,
+            )
     record = {
         "adapter": version["ref"],
         "adapter_digest": version["digest"],

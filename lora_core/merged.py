@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from lora_core.errors import BadAdapter, NonFinite
-from lora_core.floats import Array, Scratch, Sums, widen
+from lora_core.errors import BadAdapter, BadRecipe, NonFinite
+from lora_core.floats import Array, Scratch, Sums, compare, widen
 from lora_core.gate import WEIGHTS_FILE
 from lora_core.header import ADAPTER_HEADER_BYTES, ITEM_BYTES
 from lora_core.layout import Computed, Copied, Literal, Output, OutputFile, lay_out
@@ -23,11 +23,14 @@ from lora_core.updates import AdapterReader, Update, load_update
 
 _COPY_BYTES = 2**20
 _UPDATES_HELD = 8
+# What rounding did to a tensor is measured on runs of so many rows, or numbers, evenly spread over it: about so many
+# numbers of it in all, or all of fewer.
+_RUN_ROWS, _RUN_ITEMS, _MEASURED_ITEMS = 4, 2**13, 2**15
 
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes of an output file from `begin` on, and the sums of its numbers as far as they were asked for."""
+    """Bytes of an output file from `begin` on, and the sums over those of its rows that are measured, if asked for."""
 
     begin: int
     data: Array
@@ -38,8 +41,8 @@ class MergedCheckpoint:
     """`files` by name; `read` gives their bytes. Threads may share it. Memory: a few blocks per thread, the factors
     of a few tensors, and the headers.
 
-    `dtype` is safetensors' name of one for all float tensors. `scale` multiplies the low-rank terms; what replaces
-    numbers of the base stays as it is. `shard_size` is in bytes of tensors; None keeps the base's shards.
+    `dtype` is safetensors' name of one for all float tensors. `scale` multiplies the low-rank terms; a recipe that
+    does anything else to a tensor is BadRecipe then. `shard_size` is in bytes of tensors; None keeps the base's shards.
     """
 
     def __init__(
@@ -81,30 +84,37 @@ class MergedCheckpoint:
                 for number in blocks(piece, first, last):
                     yield partial(self._part, piece, number, first, last)
 
-    def _part(self, piece: Computed, number: int, first: int, last: int) -> Array:
-        block = self.compute(piece, number)
-        return block.data[max(first - block.begin, 0) : last - block.begin]
+    def block(self, piece: Computed, number: int) -> Array:
+        """The bytes of one block of a tensor, for a reader: they are not written to."""
+        return self.compute(piece, number).data
 
-    def compute(self, piece: Computed, number: int, *, statistics: bool = False) -> Block:
-        """One block of a tensor; with what rounding did to its change, if asked. NaN and infinity are NonFinite."""
+    def _part(self, piece: Computed, number: int, first: int, last: int) -> Array:
+        begin = piece.begin + number * block_bytes(piece.output)
+        return self.block(piece, number)[max(first - begin, 0) : last - begin]
+
+    def compute(self, piece: Computed, number: int, out: Array | None = None, *, statistics: bool = False) -> Block:
+        """One block of a tensor, in the first bytes of `out` (uint8) or in new ones; with what rounding did to its
+        change, if asked. NaN and infinity are NonFinite."""
         output = piece.output
         first = number * output.block_rows
         rows = min(output.block_rows, math.prod(output.shape) // output.columns - first)
-        scratch = self._scratch(rows * output.columns)
-        values = scratch.values[: rows * output.columns]
-        before = None
+        items = rows * output.columns
+        size = items * ITEM_BYTES[output.dtype]
+        data = np.empty(size, np.uint8) if out is None else out[:size]
+        scratch = self._scratch(items)
+        values, raw = scratch.values[:items], None
         if output.source is not None:
-            raw = scratch.buffer(values.size * ITEM_BYTES[output.source.dtype])
+            raw = scratch.buffer(items * ITEM_BYTES[output.source.dtype])
             self._base.read_into(output.shard, output.row_offset(first), raw)
             scratch.widen(raw, output.source.dtype, values)
-            before = raw, output.source.dtype
+        matrix = values.reshape(rows, output.columns)
         if output.recipe and output.updated:
-            self._updates.get(output, output.recipe).apply(values.reshape(rows, output.columns), first)
-        data, sums = scratch.narrow(values, output.dtype, before if statistics and output.updated else None)
-        if not math.isfinite(sums.lost):
+            self._updates.get(output, output.recipe).apply(matrix, first, scratch.product)
+        if not scratch.narrow(values, output.dtype, data):
             message = f"{output.name} would hold NaN, infinity or a number too large for {output.dtype}"
             raise NonFinite(message, tensor=output.name)
-        return Block(piece.begin + first * output.columns * ITEM_BYTES[output.dtype], data, sums)
+        sums = _measure(output, first, raw, matrix, data) if statistics and output.updated else Sums()
+        return Block(piece.begin + number * block_bytes(output), data, sums)
 
     def _scratch(self, items: int) -> Scratch:
         found: Scratch | None = getattr(self._local, "scratch", None)
@@ -115,8 +125,33 @@ class MergedCheckpoint:
 
 def blocks(piece: Computed, start: int, end: int) -> range:
     """The numbers of the blocks that hold bytes `start` to `end` of the file, which lie in the piece."""
-    step = piece.output.block_rows * piece.output.columns * ITEM_BYTES[piece.output.dtype]
+    step = block_bytes(piece.output)
     return range((start - piece.begin) // step, -((piece.begin - end) // step))
+
+
+def block_bytes(output: Output) -> int:
+    """Of every block of the tensor but the last, which may have fewer."""
+    return output.block_rows * output.columns * ITEM_BYTES[output.dtype]
+
+
+def _measured_rows(output: Output, first: int, count: int) -> Array:
+    """Which of `count` rows from `first` on are measured: that depends on nothing but the tensor."""
+    run = max(_RUN_ROWS, _RUN_ITEMS // output.columns)
+    runs = -(-math.prod(output.shape) // (output.columns * run))
+    every = -(-runs // max(_MEASURED_ITEMS // (run * output.columns), 1))
+    return np.flatnonzero(np.arange(first, first + count) // run % every == 0)
+
+
+def _measure(output: Output, first: int, raw: Array | None, exact: Array, data: Array) -> Sums:
+    """The sums over the measured rows of a block that starts at row `first`. Without a base there is no change."""
+    rows = _measured_rows(output, first, len(exact))
+    if raw is None or output.source is None or not rows.size:
+        return Sums(items=rows.size * output.columns)
+
+    def taken(source: Array, dtype: str) -> Array:
+        return widen(source.reshape(len(exact), -1)[rows].reshape(-1), dtype).reshape(len(rows), -1)
+
+    return compare(taken(raw, output.source.dtype), exact[rows], taken(data, output.dtype))
 
 
 class _Lazy:
@@ -165,6 +200,9 @@ def _scaled(recipe: Recipe, scale: float) -> Recipe:
         raise ValueError("scale must be a number")
     if scale == 1:
         return recipe
+    for name, tensor in recipe.tensors.items():
+        if tensor.replaced_by or tensor.new_rows or tensor.magnitude:
+            raise BadRecipe(f"{name} is not only added to: of it there is no change times {scale:g}", tensor=name)
     tensors = {
         name: replace(tensor, terms=tuple(replace(term, scaling=term.scaling * scale) for term in tensor.terms))
         for name, tensor in recipe.tensors.items()

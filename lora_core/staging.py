@@ -1,10 +1,10 @@
 """A folder that appears all at once, and of which a killed process leaves the finished files to the next."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +25,19 @@ class Stage:
             shutil.rmtree(self.files, ignore_errors=True)
             self.files.mkdir()
             state.truncate(0)
-            self._append({"key": key})
+            self._append({"key": key, "boot": _boot()})
 
     def finished(self, path: str, size: int) -> dict[str, Any] | None:
-        """What `finish` was told about the file, if it is there as it was then."""
+        """What `finish` was told about the file, if it is there and was not written to since."""
         record: dict[str, Any] | None = self._done.get(path)
         file = self.files / path
         if record is None or not file.is_file() or file.stat().st_size != size:
             return None
-        with file.open("rb") as content:
-            return record if hashlib.file_digest(content, "sha256").hexdigest() == record["sha256"] else None
+        return record if record["stamp"] == _stamp(file) else None
 
-    def finish(self, path: str, sha256: str, facts: dict[str, Any]) -> None:
+    def finish(self, path: str, facts: dict[str, Any]) -> None:
         """The file is complete; `facts` are for the process that goes on after a kill."""
-        self._append({"path": path, "sha256": sha256, **facts})
+        self._append({"path": path, "stamp": _stamp(self.files / path), **facts})
 
     def _append(self, record: dict[str, Any]) -> None:
         self._state.write(json.dumps(record).encode() + b"\n")
@@ -52,7 +51,7 @@ class Stage:
                 self._state.truncate()
                 break
             records.append(json.loads(line))
-        if not records or records[0] != {"key": key} or not self.files.is_dir():
+        if not records or records[0] != {"key": key, "boot": _boot()} or not self.files.is_dir():
             self._state.seek(0)
             return {}
         return {record.get("path", ""): record for record in records}
@@ -62,9 +61,9 @@ class Stage:
 def resumable_directory(target: Path, key: str) -> Iterator[Stage]:
     """A stage beside `target` that becomes it when the block ends well and vanishes when it raises.
 
-    After a kill it stays behind, and the next call with the same key goes on with it; another key starts anew.
-    FileExistsError if `target` exists or another process is at work on it. What the kernel holds is not forced to
-    disk: after a loss of power, check the digests.
+    After a kill it stays behind, and the next call with the same key goes on with it; another key starts anew, and so
+    does the first call after the machine started: what the kernel held was not forced to disk.
+    FileExistsError if `target` exists or another process is at work on it.
     """
     stage = target.parent / f".{target.name}.partial"
     if target.exists():
@@ -86,6 +85,20 @@ def resumable_directory(target: Path, key: str) -> Iterator[Stage]:
             prepared.files.rename(target)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _stamp(file: Path) -> list[int]:
+    """Other after the file was written to or replaced."""
+    status = file.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _boot() -> str:
+    """Which start of the machine this is; where it does not tell, one that never was."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return uuid.uuid4().hex
 
 
 def _is_still_there(file: IO[bytes], path: Path) -> bool:

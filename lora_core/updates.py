@@ -36,10 +36,10 @@ class Update(Protocol):
     def prepare(self, read_rows: ReadRows) -> None:
         """Look at the base once before the first `apply`: `read_rows(begin, end)` gives its rows as fresh float64."""
 
-    def apply(self, values: Array, first_row: int) -> None:
+    def apply(self, values: Array, first_row: int, scratch: Array | None = None) -> None:
         """Turn `values`, the base's rows from `first_row` on in float64 (rows, columns), into the result, in place.
 
-        Where the recipe has no base tensor, what `values` held does not matter.
+        Where the recipe has no base tensor, what `values` held does not matter. `scratch`: as many float64 to use.
         """
 
 
@@ -128,7 +128,7 @@ class _Update:
         if self._magnitude is not None and self._tensor.magnitude_of_columns:
             squares = np.zeros(self._tensor.columns)
             for first_row, block in self._blocks(read_rows):
-                self._add(block, first_row)
+                self._add(block, first_row, np.empty(block.size))
                 squares += np.einsum("ij,ij->j", block, block)
             self._column_factors = _ratio(self._magnitude, squares)
 
@@ -139,8 +139,8 @@ class _Update:
             end = min(begin + _PREPARED_ROWS, rows)
             yield begin, read_rows(begin, end) if self._tensor.base else np.empty((end - begin, columns))
 
-    def apply(self, values: Array, first_row: int) -> None:
-        self._add(values, first_row)
+    def apply(self, values: Array, first_row: int, scratch: Array | None = None) -> None:
+        self._add(values, first_row, np.empty(values.size) if scratch is None else scratch)
         if self._magnitude is None:
             return
         if self._tensor.magnitude_of_columns:
@@ -149,7 +149,7 @@ class _Update:
             magnitude = self._magnitude[first_row : first_row + len(values)]
             values *= _ratio(magnitude, np.einsum("ij,ij->i", values, values))[:, None]
 
-    def _add(self, values: Array, first_row: int) -> None:
+    def _add(self, values: Array, first_row: int, scratch: Array) -> None:
         """Everything but the magnitude."""
         last_row, columns = first_row + len(values), self._tensor.columns
         if self._tensor.quantised:
@@ -163,7 +163,7 @@ class _Update:
             begin, end = max(first_row, term.first), min(last_row, term.first + len(term.left))
             if begin < end:
                 left = term.left[begin - term.first : end - term.first]
-                add_product(values[begin - first_row : end - first_row], left, term.right)
+                add_product(values[begin - first_row : end - first_row], left, term.right, scratch)
 
     def _quantise(self, values: Array, first_row: int) -> None:
         """To 4 bits and back, to the dtype in which the base is stored and training computed."""
@@ -173,13 +173,16 @@ class _Update:
         values[:] = nf4.to_dtype(left, self._tensor.dtype)
 
 
-def add_product(values: Array, left: Array, right: Array) -> None:
-    """values += left · right, on the calling thread, in tiles that stay in its cache."""
+def add_product(values: Array, left: Array, right: Array, scratch: Array) -> None:
+    """values += left · right, on the calling thread; `scratch` holds as many numbers as `values`."""
     rows, r = left.shape
     columns = right.shape[1]
-    step = max(_TILE_MULTIPLICATIONS // max(rows * r, 1), 1)
+    step = min(max(_TILE_MULTIPLICATIONS // max(rows * r, 1), 1), columns)
+    product = scratch[: rows * step].reshape(rows, step)
     for begin in range(0, columns, step):
-        values[:, begin : begin + step] += np.matmul(left, right[:, begin : begin + step])
+        tile = product[:, : columns - begin]
+        np.matmul(left, right[:, begin : begin + step], out=tile)
+        values[:, begin : begin + step] += tile
 
 
 def _load_term(term: LowRank, adapter: AdapterReader) -> _Term:

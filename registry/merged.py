@@ -17,7 +17,7 @@ from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE
 from lora_core.header import ADAPTER_HEADER_BYTES
 from lora_core.layout import CONFIG_FILE as BASE_CONFIG_FILE
 from lora_core.layout import Computed, read_index
-from lora_core.merged import Block, MergedCheckpoint
+from lora_core.merged import MergedCheckpoint
 from lora_core.peft_config import AdapterConfig
 from lora_core.plan import from_nf4, make_recipe
 from lora_core.recipe import Recipe
@@ -59,7 +59,7 @@ class VirtualMerges:
         self._checkpoints: OrderedDict[Hashable, Future[MergedCheckpoint]] = OrderedDict()
         self._lock = threading.Lock()
         self._verified: Shared[bool] = Shared(100_000)
-        self._blocks: Shared[Block] = Shared(BLOCKS_HELD_BYTES, lambda block: block.data.size)
+        self._blocks: Shared[Array] = Shared(BLOCKS_HELD_BYTES, lambda block: block.size)
         self._readers = threading.BoundedSemaphore(MAX_READERS)
 
     def open(self, version: VersionInput, options: MergeOptions) -> MergedCheckpoint:
@@ -129,16 +129,15 @@ class _SharedCheckpoint(MergedCheckpoint):
         recipe: Recipe,
         options: MergeOptions,
         *,
-        blocks: Shared[Block],
+        blocks: Shared[Array],
         key: Hashable,
     ) -> None:
         dtype = None if options.dtype == "base" else DTYPE_NAMES[options.dtype]
         super().__init__(base, adapter, recipe, dtype=dtype, scale=options.scale, shard_size=options.shard_size)
         self._blocks, self._key = blocks, key
 
-    def compute(self, piece: Computed, number: int, *, statistics: bool = False) -> Block:
-        make = partial(super().compute, piece, number, statistics=statistics)
-        return self._blocks.get((self._key, piece.output.name, number, statistics), make)
+    def block(self, piece: Computed, number: int) -> Array:
+        return self._blocks.get((self._key, piece.output.name, number), partial(super().block, piece, number))
 
 
 def plan(base: ByteSource, adapter: ByteSource) -> Recipe:

@@ -28,6 +28,7 @@ class _Tensor(_Part):
     rounding_loss: FiniteFloat
     cosine: FiniteFloat
     changed_share: FiniteFloat
+    measured_share: FiniteFloat
 
 
 class _File(_Part):

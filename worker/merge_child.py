@@ -40,6 +40,7 @@ def merge_adapter(task: MergeTask, workspace: Path, reporter: Reporter) -> Resul
         dtype=dtype_of(options),
         scale=options.scale,
         shard_size=options.shard_size,
+        digests=True,
         on_progress=on_progress,
     )
     write_certificate(workspace, report, recipe.config_changes)

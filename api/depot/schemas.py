@@ -69,6 +69,7 @@ MERGE = {
                 "rounding_loss": 0.0931,
                 "cosine": 0.9957,
                 "changed_share": 0.871,
+                "measured_share": 0.0078,
             }
         ],
         "untied": False,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.floats import Scratch
+from lora_core.floats import Scratch, Sums, compare
 
 TYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 NEXT = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
@@ -33,6 +33,12 @@ def nearest(value: float, dtype: str) -> float:
     return float(np.copysign(float(exact[best]), value))
 
 
+def narrowed(values: list[float], dtype: str) -> np.ndarray:
+    out = np.empty(len(values), TYPES[dtype])
+    assert Scratch(len(values)).narrow(np.array(values), dtype, out.view(np.uint8))
+    return out
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @given(value=finite | middles)
 def test_narrowing_gives_the_nearest_number_ties_to_even(dtype, value):
@@ -41,14 +47,13 @@ def test_narrowing_gives_the_nearest_number_ties_to_even(dtype, value):
     )
     if abs(value) > limit:
         value = limit * (value / abs(value))
-    raw, _ = Scratch(1).narrow(np.array([value]), dtype)
-    assert float(raw.view(TYPES[dtype])[0]) == nearest(value, dtype)
+    assert float(narrowed([value], dtype)[0]) == nearest(value, dtype)
 
 
 def test_rounding_twice_would_be_wrong_and_is_not_done():
     just_above_the_middle = np.array([1 + 2**-8 + 2**-30])
     assert just_above_the_middle.astype(np.float32).astype(ml_dtypes.bfloat16)[0] == 1
-    assert Scratch(1).narrow(just_above_the_middle, "BF16")[0].view(ml_dtypes.bfloat16)[0] == 1 + 2**-7
+    assert narrowed(just_above_the_middle, "BF16")[0] == 1 + 2**-7
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -57,10 +62,41 @@ def test_widening_is_exact(dtype):
     with np.errstate(invalid="ignore"):
         numbers = raw.view(TYPES[dtype]).astype(np.float64)
     scratch = Scratch(numbers.size)
-    np.testing.assert_array_equal(scratch.widen(raw, dtype, scratch.values), numbers)
+    scratch.widen(raw, dtype, scratch.values[: numbers.size])
+    np.testing.assert_array_equal(scratch.values[: numbers.size], numbers)
 
 
-@pytest.mark.parametrize(("dtype", "value"), [("F16", 65520.0), ("BF16", 3.4e38), ("F32", 3.5e38), ("BF16", np.nan)])
-def test_what_does_not_fit_shows_in_the_loss(dtype, value):
-    values, scratch = np.array([1.0, value]), Scratch(2)
-    assert not np.isfinite(scratch.narrow(values, dtype)[1].lost)
+TOO_LARGE = [("F16", 65520.0), ("BF16", 3.4e38), ("F32", 3.5e38), ("BF16", np.inf), ("BF16", np.nan), ("F32", np.nan)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "value"), TOO_LARGE)
+def test_what_does_not_fit_is_told(dtype, value, sign):
+    out = np.empty(2, TYPES[dtype])
+    assert not Scratch(2).narrow(np.array([1.0, sign * value]), dtype, out.view(np.uint8))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "bits"), [("F16", 0x7BFF), ("BF16", 0x7F7F), ("F32", 0x7F7FFFFF)])
+def test_the_largest_number_fits_and_so_does_what_rounds_to_it(dtype, bits, sign):
+    largest = float(np.array([bits], NEXT[dtype]).view(TYPES[dtype])[0])
+    values = [sign * largest, sign * largest * (1 + 2**-30)]
+    assert [float(value) for value in narrowed(values, dtype)] == [sign * largest] * 2
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_no_nan_becomes_a_number(dtype):
+    raw, scratch, out = np.full(8, 0xFF, np.uint8), Scratch(4), np.empty(8, np.uint8)
+    raw[3::4] = raw[1::2] = 0x7F
+    for bits in (raw, np.full(8, 0xFF, np.uint8)):
+        values = scratch.values[: 8 // np.dtype(TYPES[dtype]).itemsize]
+        scratch.widen(bits, dtype, values)
+        assert not scratch.narrow(values, "BF16", out[: 2 * values.size])
+
+
+def test_a_difference_is_told_in_sums_that_add_up():
+    before, exact, after = (np.array(rows) for rows in ([[3.0, 4.0]], [[3.5, 4.25]], [[3.0, 4.5]]))
+    sums = compare(before, exact, after)
+    assert sums == Sums(weight=25, delta=0.3125, lost=0.3125, cross=-0.1875, changed=1, items=2)
+    sums.add(sums)
+    assert sums == Sums(weight=50, delta=0.625, lost=0.625, cross=-0.375, changed=2, items=4)

@@ -120,10 +120,10 @@ def test_transposed_layers_merge_with_and_without_the_checkpoint_prefix(tmp_path
 def test_the_result_does_not_depend_on_the_block_size(tmp_path, monkeypatch, items):
     base = make_base(tmp_path / "base", hidden=64)
     adapter = make_peft_adapter(base, tmp_path / "adapter", target_modules=ALL)
-    first = merge(base, adapter, tmp_path / "one")
+    first = merge(base, adapter, tmp_path / "one", digests=True)
     monkeypatch.setattr(layout, "BLOCK_ITEMS", items)
     monkeypatch.setattr(layout, "_MIN_ROWS", 1)
-    assert merge(base, adapter, tmp_path / "two").files == first.files
+    assert merge(base, adapter, tmp_path / "two", digests=True).files == first.files
 
 
 def test_untouched_tensors_and_the_header_keep_their_bytes(tmp_path):
@@ -142,7 +142,7 @@ def test_untouched_tensors_and_the_header_keep_their_bytes(tmp_path):
 def test_the_report_gives_true_hashes_sizes_and_norms(tmp_path):
     base = make_base(tmp_path / "base", dtype="bfloat16", shards=3)
     adapter = make_peft_adapter(base, tmp_path / "adapter")
-    report = merge(base, adapter, tmp_path / "out")
+    report = merge(base, adapter, tmp_path / "out", digests=True)
     assert {file.path for file in report.files} == {path.name for path in (tmp_path / "out").iterdir()}
     for file in report.files:
         content = (tmp_path / "out" / file.path).read_bytes()
@@ -157,6 +157,31 @@ def test_the_report_gives_true_hashes_sizes_and_norms(tmp_path):
     cosine = (realised * (total - W)).sum() / norm(realised) / norm(total - W)
     assert entry.cosine == pytest.approx(cosine, abs=1e-6)
     assert entry.changed_share == np.mean(realised != 0)
+    assert entry.measured_share == 1
+
+
+def test_nobody_asks_and_nothing_is_hashed(tmp_path, llama):
+    report = merge(llama, make_peft_adapter(llama, tmp_path / "adapter"), tmp_path / "out")
+    assert {file.sha256 for file in report.files} == {""}
+
+
+def test_a_large_tensor_is_measured_in_part_the_same_part_whatever_the_blocks(tmp_path, monkeypatch):
+    base = make_base(tmp_path / "base", dtype="bfloat16", hidden=256, layers=1)
+    adapter = make_peft_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    before, sums = weights(base), exact(base, adapter, 2.0)
+    reports = merge(base, adapter, tmp_path / "out").tensors
+    after = weights(tmp_path / "out")
+    monkeypatch.setattr(layout, "BLOCK_ITEMS", 7 * 256)
+    monkeypatch.setattr(layout, "_MIN_ROWS", 1)
+    for report, again in zip(reports, merge(base, adapter, tmp_path / "again").tensors, strict=True):
+        W, total = before[report.name].double().numpy(), sums[report.name]
+        assert report.measured_share == again.measured_share == (0.25 if "down" in report.name else 0.5)
+        assert report.changed_share == again.changed_share
+        assert report.cosine == pytest.approx(again.cosine, rel=1e-12)
+        relative_delta = np.linalg.norm(total - W) / np.linalg.norm(W)
+        lost = np.linalg.norm(after[report.name].double().numpy() - total) / np.linalg.norm(total - W)
+        assert report.relative_delta == pytest.approx(relative_delta, rel=0.1)
+        assert report.rounding_loss == pytest.approx(lost, rel=0.1)
 
 
 @pytest.mark.parametrize(("scale", "cosine"), [(0.0, 1.0), (1e-9, 0.0)])
@@ -237,6 +262,17 @@ def test_nan_and_overflow_are_refused_by_the_name_of_the_tensor(tmp_path, stored
     with pytest.raises(NonFinite, match="q_proj"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_a_nan_of_ones_alone_does_not_round_to_a_number(tmp_path, stored):
+    base = make_base(tmp_path / "base", dtype=stored)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    tensors[Q].view(torch.int32 if stored == "float32" else torch.int16)[3, 3] = -1
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(NonFinite, match="q_proj"):
+        merge(base, make_peft_adapter(base, tmp_path / "adapter"), tmp_path / "out", dtype="bfloat16")
 
 
 def test_a_module_that_the_base_lacks_is_a_key_mismatch(tmp_path, llama):

@@ -154,6 +154,22 @@ def test_the_scale_multiplies_the_change(tmp_path, llama):
     assert all(torch.equal(tensor, base[name]) for name, tensor in read_weights(tmp_path / "none").items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ({"target_modules": ALL, "use_dora": True}, "proj"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 17]}}, "embed_tokens"),
+    ],
+)
+def test_a_scale_is_refused_by_the_name_of_what_is_not_only_added_to(tmp_path, llama, kind, name):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, **kind)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BadRecipe, match=rf"{name}.*0\.5"):
+        open_merged(llama, tmp_path / "adapter", scale=0.5)
+    open_merged(llama, tmp_path / "adapter", scale=1.0)
+
+
 KINDS: list[dict[str, Any]] = [
     {"target_modules": ALL, "use_dora": True},
     {"target_modules": ["q_proj", "embed_tokens"]},
@@ -201,7 +217,7 @@ def test_peft_agrees_but_for_what_its_float32_sums_round(tmp_path):
 
 def test_a_wrong_digest_leaves_no_output(tmp_path, llama):
     adapter = make_peft_adapter(llama, tmp_path / "adapter")
-    good = {file.path: file.sha256 for file in merge(llama, adapter, tmp_path / "out").files}
+    good = {file.path: file.sha256 for file in merge(llama, adapter, tmp_path / "out", digests=True).files}
     merge(llama, adapter, tmp_path / "again", expected=good)
     bad = good | {"model.safetensors": hashlib.sha256(b"").hexdigest()}
     with pytest.raises(DigestMismatch, match=r"model\.safetensors"):

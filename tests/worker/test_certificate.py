@@ -1,6 +1,7 @@
 """What the merging children measured, on its way to the report."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from worker.certificate import (
 from worker.errors import JobFailed
 from worker.merge_job import merged_files, tell
 
-TENSOR = TensorReport("lm_head.weight", relative_delta=0.1, rounding_loss=0.01, cosine=0.99, changed_share=1.0)
+TENSOR = TensorReport(
+    "lm_head.weight", relative_delta=0.1, rounding_loss=0.01, cosine=0.99, changed_share=1.0, measured_share=1.0
+)
 FILE = FileReport("model.safetensors", 3, "ab" * 32)
 PROMPT = PromptDifference("text_1", 12, kl_mean=1e-6, kl_max=1e-5, max_logit_difference=0.1, top1_agreement=1.0)
 
@@ -28,8 +31,7 @@ PROMPT = PromptDifference("text_1", 12, kl_mean=1e-6, kl_max=1e-5, max_logit_dif
 @pytest.mark.parametrize(("changes", "untied"), [({"tie_word_embeddings": False}, True), ({"vocab_size": 9}, False)])
 def test_what_was_written_is_read(tmp_path: Path, changes: dict[str, object], untied: bool) -> None:
     write_certificate(tmp_path, MergeReport("base", [TENSOR], 0, [FILE]), changes)
-    numbers = {"relative_delta": 0.1, "rounding_loss": 0.01, "cosine": 0.99, "changed_share": 1.0}
-    expected = {"tensors": [{"name": "lm_head.weight", **numbers}], "untied": untied, "unmatched_keys": 0}
+    expected = {"tensors": [asdict(TENSOR)], "untied": untied, "unmatched_keys": 0}
     assert read_certificate(tmp_path) == (expected, [FILE])
 
 
@@ -45,8 +47,8 @@ GOOD: dict[str, Any] = {"tensors": [], "untied": False, "files": []}
         json.dumps(GOOD | {"live": True}),
         json.dumps(GOOD | {"files": [{"path": "x", "size": -1, "sha256": "ab" * 32}]}),
         json.dumps(GOOD | {"files": [{"path": "x", "size": 1, "sha256": "AB" * 32}]}),
-        json.dumps(GOOD)[:-1]
-        + ', "tensors": [{"name": "x", "relative_delta": NaN, "rounding_loss": 0, "cosine": 0, "changed_share": 0}]}',
+        json.dumps(GOOD)[:-1] + ', "tensors": [{"name": "x", "relative_delta": NaN, "rounding_loss": 0, "cosine": 0, '
+        '"changed_share": 0, "measured_share": 1}]}',
     ],
 )
 def test_what_is_no_certificate_is_refused(tmp_path: Path, text: str) -> None:
