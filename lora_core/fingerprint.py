@@ -20,7 +20,20 @@ from lora_core.trainable import trained_parameters
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 _CODE = (
-    *("batching", "data", "distributed", "inject", "layer", "layers", "loss", "mode", "optimizer", "output_loss"),
+    *(
+        "batching",
+        "data",
+        "distributed",
+        "fused",
+        "fusing",
+        "inject",
+        "layer",
+        "layers",
+        "loss",
+        "mode",
+        "optimizer",
+        "output_loss",
+    ),
     *("packing", "schedule", "state", "task", "train", "train_config", "trainable"),
     *("adalora", "allocator", "convolutions", "dora", "embeddings", "experts", "nf4", "principal", "qlora", "whole"),
 )

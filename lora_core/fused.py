@@ -68,10 +68,10 @@ class GatedFunction(torch.autograd.Function):
             leaf = gate.detach().requires_grad_()
             active = ctx.act(leaf)
         inner = active.detach() * up
+        dinner: Any  # it is wanted, so it is there
         dinner, found = linears_backward(
             inner, [dy], down_products, ctx.parts[2:], factors[4:], wanted[4:], want_x=True
         )
-        assert dinner is not None  # it is wanted
         dup = torch.mul(dinner, active.detach(), out=inner)
         (dgate,) = torch.autograd.grad(active, leaf, dinner.mul_(up))
         dx, more = linears_backward(rows, [dgate, dup], products, ctx.parts[:2], factors[:4], wanted[:4], want_x=want_x)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from lora_core.fusing import fused_modules
 from lora_core.packing import documents_apart
 from lora_core.train_config import TrainConfig
 
@@ -16,6 +17,7 @@ def training(model: Any, config: TrainConfig, *, packed: bool) -> Iterator[None]
         model.train()
         if packed:
             stack.enter_context(documents_apart(model))
+        stack.enter_context(fused_modules(model))
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             stack.callback(model.activation_checkpointing_disable)
