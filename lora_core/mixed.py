@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core.addition import adds_product
-from lora_core.errors import ShapeMismatch
+from lora_core.errors import BadConfig, ShapeMismatch
 from lora_core.layer import AdapterLayer
 from lora_core.layers import LoraLinear
 
@@ -85,15 +85,17 @@ class SplitLayer(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (rows, …) → what each row's own layer makes of it."""
+        """x (rows, …) → what each row's own layer makes of it. BadConfig for a layer that wants more than x."""
+        if args or kwargs:
+            raise BadConfig(f"{self.path} computes with more than one input; its adapters cannot be mixed in a batch")
         _check_rows(x, self.count, self.path)
         y: Tensor | None = None
         for layer, rows in self.parts:
-            part = layer(x[rows], *args, **kwargs)
+            part = layer(x[rows])
             if y is None:
                 y = part.new_empty(self.count, *part.shape[1:])
             y[rows] = part
-        return y if y is not None else self.base_layer(x, *args, **kwargs)
+        return y if y is not None else self.base_layer(x)
 
     def __getattr__(self, name: str) -> Any:
         """What else the rest of the model asks is the base's."""

@@ -339,6 +339,21 @@ def test_another_number_of_rows_is_refused(live, names):
         say(live.model, ROWS)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "layer"),
+    [
+        ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}, "experts"),
+        ("qwen2_moe", {"target_modules": ["shared_expert.up_proj"]}, "shared_expert"),
+    ],
+)
+def test_a_layer_whose_input_is_not_in_rows_is_refused_by_name(tmp_path, family, settings, layer):
+    base = make_base(tmp_path / "base", family)
+    live = LiveModel(load(base))
+    live.load("a", randomize_adapter(make_peft_adapter(base, tmp_path / "lora", **settings)))
+    with live.rows(["a", None]), pytest.raises((ShapeMismatch, BadConfig), match=layer):
+        say(live.model, ROWS[:2])
+
+
 @pytest.mark.parametrize("how", ["use", "merge"])
 def test_after_a_mixed_batch_the_one_before_is_at_work_again(live, how):
     getattr(live, how)("wide")
