@@ -123,32 +123,33 @@ class Child:
             self._reaped = True
         for reader in self._readers:
             reader.join(PIPE_SECONDS)
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with suppress(OSError):  # what was not yet written to it
-                _opened(stream).close()
+        with suppress(OSError):  # what was not yet written to it
+            _opened(self._process.stdin).close()
         with self._changed:
             self._stop_listening()
             self._returncode = returncode
             self._changed.notify_all()
 
+    # Readers close what they read: whoever left the child's session may hold its other end open for ever.
     def _read_messages(self) -> None:
-        for line in capped_lines(_opened(self._process.stdout)):
-            message = parse(line)
-            if isinstance(message, ReadyMessage):
-                with self._changed:
-                    if self._hear is not None:
-                        self._stop_listening()
-                        self._ready = message
-                        self._changed.notify_all()
-            elif message is not None and (hear := self._hear) is not None:
-                hear(message)
+        with _opened(self._process.stdout) as stream:
+            for line in capped_lines(stream):
+                message = parse(line)
+                if isinstance(message, ReadyMessage):
+                    with self._changed:
+                        if self._hear is not None:
+                            self._stop_listening()
+                            self._ready = message
+                            self._changed.notify_all()
+                elif message is not None and (hear := self._hear) is not None:
+                    hear(message)
 
     def _read_log(self) -> None:
         """Go on reading whatever comes, so that the child never blocks."""
-        descriptor = _opened(self._process.stderr).fileno()
-        while chunk := os.read(descriptor, 2**16):
-            if (log := self._log) is not None:
-                log.write(chunk)
+        with _opened(self._process.stderr) as stream:
+            while chunk := os.read(stream.fileno(), 2**16):
+                if (log := self._log) is not None:
+                    log.write(chunk)
 
     def _stop_listening(self) -> None:
         self._hear = None

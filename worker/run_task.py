@@ -1,6 +1,7 @@
 """One task in one child process, and what its ending means for this machine."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,11 @@ def run_task(
 def start_child(host: Host) -> Child:
     """A new process with a home of its own."""
     home = host.work.make_home()
-    return Child(host.child_argv, env=child_env(home, threads=host.threads), directory=home)
+    try:
+        return Child(host.child_argv, env=child_env(home, threads=host.threads), directory=home)
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
 
 
 def _run_warm(host: Host, attempt: Attempt, warmth: Warmth, run: Callable[[Child], Ending]) -> ResultMessage:

@@ -53,7 +53,12 @@ class WarmPool:
     def borrow(self, warmth: Warmth, start: Callable[[], Child]) -> Iterator[Child]:
         """An idle process that has this base loaded, or else a new one. Afterwards it is kept if it offers that and
         nothing was raised; else it is ended."""
-        child = self._take(warmth) or start()
+        child = self._take(warmth)
+        try:
+            child = child or start()
+        except BaseException:
+            self._give_back(None)
+            raise
         try:
             yield child
         except BaseException:

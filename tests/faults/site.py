@@ -30,12 +30,13 @@ from registry.blobs import store_file
 from registry.db import SessionFactory, make_engine, make_sessions, transaction
 from registry.ids import parse_id, public_id
 from registry.jobs import reaper
+from registry.jobs.checkpoints import newest_checkpoints
 from registry.jobs.clock import NOW
 from registry.jobs.spec import MergeOptions
 from registry.jobs.states import OWNED
 from registry.keys import create_key
 from registry.merges import request_merge
-from registry.models import Control, Job, Merge, Version
+from registry.models import Checkpoint, Control, Job, Merge, Version
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_file
 from tests.conftest import empty_database
@@ -192,6 +193,11 @@ class Site:
         api.wait_ready()
         return api
 
+    def leave(self, worker: Forked) -> bool:
+        """The worker is told to leave, and does."""
+        worker.signal(signal.SIGTERM)
+        return bool(self.wait(lambda: not worker.alive, "the worker left"))
+
     # ── jobs ─────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, *, steps: int = 10, ms: int = 20, seed: int = 1, adapter: str = "bot") -> uuid.UUID:
@@ -276,6 +282,17 @@ class Site:
         """Rows for which this is so."""
         with self.sessions() as session:
             return session.scalars(select(func.count()).where(condition)).one()
+
+    def checkpoints(self, job_id: uuid.UUID) -> list[Checkpoint]:
+        with self.sessions() as session:
+            return newest_checkpoints(session, job_id)
+
+    def rot(self, key: str) -> None:
+        """One bit of an object turns over, behind everybody's back."""
+        client, name = self.servers.rclone.client(), f"{self.prefix}/{key}"
+        data = bytearray(client.get_object(Bucket=self.bucket, Key=name)["Body"].read())
+        data[-1] ^= 1
+        client.put_object(Bucket=self.bucket, Key=name, Body=bytes(data))
 
     def garbage(self, count: int) -> None:
         """Objects that nobody refers to."""

@@ -235,6 +235,19 @@ def test_there_are_never_more_processes_than_slots(start: Callable[[], Child], t
         assert (first.ready, second.ready is not None) == (None, True)
 
 
+def test_a_process_that_cannot_be_started_takes_no_place(start: Callable[[], Child], tmp_path: Path) -> None:
+    pool = WarmPool(slots=1, max_bytes=2**40, idle_seconds=3600)
+
+    def fail() -> Child:
+        raise OSError
+
+    with pytest.raises(OSError), pool.borrow(WARMTH, fail):
+        pass
+    first = use(pool, start, tmp_path)
+    assert use(pool, start, tmp_path) is first
+    pool.close()
+
+
 def test_another_tenant_gets_a_process_of_its_own(start: Callable[[], Child], tmp_path: Path) -> None:
     pool = WarmPool(slots=10, max_bytes=10**9, idle_seconds=3600)
     mine = use(pool, start, tmp_path)
