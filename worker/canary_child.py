@@ -31,7 +31,7 @@ def compare_merge(task: CanaryTask, workspace: Path, reporter: Reporter) -> Resu
 
 
 def _compare(task: CanaryTask, workspace: Path) -> Canary:
-    options, dtype = task.merge.options, check_base(workspace / OUT).dtype
+    options = task.merge.options
     try:
         if reason := _lacks_memory(task.merge.base_dir):
             return Canary(run=False, reason=reason)
@@ -48,7 +48,7 @@ def _compare(task: CanaryTask, workspace: Path) -> Canary:
         return Canary(run=False, reason="the model did not fit into memory")
     finally:
         shutil.rmtree(workspace / "original", ignore_errors=True)
-    if verdict := why_unfaithful(found, dtype):
+    if verdict := why_unfaithful(found, check_base(workspace / OUT).dtype):
         raise NotFaithful(verdict)
     return Canary.of(found)
 

@@ -29,6 +29,7 @@ EXIT_FAILED = 1
 USER_CODES = frozenset(
     {
         "bad_config",
+        "invalid_recipe",
         "invalid_training_file",
         "key_mismatch",
         "merge_not_faithful",
