@@ -35,7 +35,8 @@ _CODE = (
         "output_loss",
     ),
     *("packing", "schedule", "state", "task", "train", "train_config", "trainable"),
-    *("adalora", "allocator", "convolutions", "dora", "embeddings", "experts", "nf4", "principal", "qlora", "whole"),
+    *("adalora", "allocator", "convolutions", "dora", "embeddings", "experts", "nf4", "principal", "qlora"),
+    *("query_value", "whole"),
 )
 
 

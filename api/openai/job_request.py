@@ -11,7 +11,7 @@ from api.schemas import Body
 from api.validation import wanted
 from registry.errors import AdapterNameMissing, InvalidHyperparameter
 from registry.jobs.placement import Placement
-from registry.jobs.spec import TrainSpec
+from registry.jobs.spec import LoraSpec, TrainSpec
 
 Auto = Literal["auto"]
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
@@ -67,11 +67,26 @@ class LoraIn(Body):
     r: int | None = Field(default=None, description="Rank, 1 or more. Default 16")
     lora_alpha: float | None = Field(default=None, description="Scaling is lora_alpha / r. Default 2·r")
     lora_dropout: float | None = Field(default=None, description="0 ≤ p < 1. Default 0")
-    target_modules: list[str] | Literal["all-linear"] | None = Field(
-        default=None, description="Suffixes of linear modules of the base model. Default `all-linear`"
+    target_modules: list[str] | Literal["all-linear", "paper"] | None = Field(
+        default=None,
+        description="Suffixes of modules of the base model, or `paper`: query and value. Default `all-linear`",
     )
+    exclude_modules: list[str] | None = Field(default=None, description="Suffixes of modules to leave alone")
+    layers_to_transform: list[int] | None = Field(default=None, description="Numbers of layers. Default: all")
+    rank_pattern: dict[str, int] | None = Field(default=None, description="Suffix of modules → their own rank")
+    alpha_pattern: dict[str, float] | None = Field(default=None, description="Suffix of modules → their own lora_alpha")
+    bias: Literal["none", "all", "lora_only"] | None = Field(
+        default=None, description="Which biases to train. Default none"
+    )
+    modules_to_save: list[str] | None = Field(default=None, description="Suffixes of modules to train whole")
+    trainable_token_indices: list[int] | None = Field(default=None, description="Tokens whose embeddings are trained")
     use_rslora: bool | None = Field(default=None, description="Scale by lora_alpha / √r instead. Default false")
+    use_dora: bool | None = Field(default=None, description="Train magnitudes apart from directions. Default false")
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] | None = Field(
+        default=None, description="How lora_A starts. Default `kaiming`"
+    )
     learning_rate: float | None = Field(default=None, description="Before the multiplier. Default 2e-4")
+    loraplus_lr_ratio: float | None = Field(default=None, description="LoRA+: lora_B's rate over that of lora_A")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
     warmup_ratio: float | None = None
     weight_decay: float | None = None
@@ -160,7 +175,7 @@ class JobCreate(Body):
         return {name: value for name, value in found.model_dump(exclude_none=True).items() if value != "auto"}, where
 
 
-LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+LORA_FIELDS = tuple(LoraSpec.model_fields)
 
 
 def _out_of_range(error: ValidationError, hyperparameters: str) -> InvalidHyperparameter:

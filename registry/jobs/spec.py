@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lora_core.config import ALL_LINEAR, MAX_RANK, LoraConfig
+from lora_core.config import ALL_LINEAR, CHANGE_THE_START, MAX_RANK, LoraConfig
 from lora_core.errors import BadConfig
 from lora_core.merge_options import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE, Start
+from lora_core.targets import PAPER
 
 MergeDtype = Literal["base", "float32", "bfloat16", "float16"]
 
@@ -19,13 +20,24 @@ class Spec(BaseModel):
 
 
 class LoraSpec(Spec):
-    """PEFT's fields for a plain LoRA. `lora_alpha` absent or null means 2·r, so that scaling is 2."""
+    """PEFT's fields. `lora_alpha` absent or null means 2·r, so that scaling is 2.
+
+    `trainable_token_indices` are rows of the input embedding, which a tied output layer shares."""
 
     r: int = Field(default=16, ge=1, le=MAX_RANK)
     lora_alpha: float = Field(default=32.0, gt=0, le=1e9)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = ALL_LINEAR
+    target_modules: list[str] | Literal["all-linear", "paper"] = ALL_LINEAR
+    exclude_modules: list[str] = []
+    layers_to_transform: list[int] = []
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] = []
+    trainable_token_indices: list[int] = []
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
 
     @model_validator(mode="before")
     @classmethod
@@ -41,17 +53,32 @@ class LoraSpec(Spec):
             self.config()
         except BadConfig as error:
             raise ValueError(error.message) from None  # what pydantic collects
+        if self.may_double() and 2 * max(self.r, *self.rank_pattern.values(), 1) > MAX_RANK:
+            raise ValueError(f"such an adapter has twice the rank when it is saved, and that is at most {MAX_RANK}")
         return self
+
+    def may_double(self) -> bool:
+        """Whether what is saved may be a LoRA of twice the rank that was asked for."""
+        return self.target_modules == PAPER or self.init_lora_weights in CHANGE_THE_START
 
     def config(self) -> LoraConfig:
         """The same settings as the library's own type, which also checks the module names."""
-        targets = self.target_modules
+        targets, start = self.target_modules, self.init_lora_weights
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets if targets == ALL_LINEAR else tuple(targets),
+            target_modules=tuple(targets) if isinstance(targets, list) else targets,
+            exclude_modules=tuple(self.exclude_modules),
+            layers_to_transform=tuple(self.layers_to_transform),
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            bias=self.bias,
+            modules_to_save=tuple(self.modules_to_save),
+            trainable_token_indices={"": tuple(self.trainable_token_indices)} if self.trainable_token_indices else {},
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=True if start == "kaiming" else start,
         )
 
 
@@ -66,6 +93,7 @@ class TrainSpec(Spec):
     batch_size: int = Field(default=8, ge=1, le=4096)
     max_steps: int | None = Field(default=None, ge=1, le=10_000_000)
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1000)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)

@@ -7,18 +7,17 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from lora_core import errors as lora_errors
-from lora_core.config import match_targets
 from registry.adapters import ensure_adapter
-from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTargetModules, UnknownTrainingFile, WrongRows
+from registry.errors import QuotaExceeded, UnknownTrainingFile, WrongRows
 from registry.failpoints import hit
 from registry.files import pin_file
 from registry.jobs.clock import read_clock
 from registry.jobs.conditions import IS_QUEUED
 from registry.jobs.events import NewEvent, add_events
 from registry.jobs.idempotency import Idempotency, reserve
+from registry.jobs.lora_check import check_lora
 from registry.jobs.placement import DEFAULT_PLACEMENT, Placement, check_queue
-from registry.jobs.spec import LoraSpec, MergeOptions, MergeSpec, TrainSpec
+from registry.jobs.spec import MergeOptions, MergeSpec, TrainSpec
 from registry.jobs.states import JobKind, JobState
 from registry.models import BaseModel, File, Job, Outbox, Tenant, Version
 
@@ -99,20 +98,6 @@ def submit_merge(
         deadline_seconds=placement.deadline_seconds,
     )
     return _enqueue(session, job)
-
-
-def check_lora(lora: LoraSpec, base_model: BaseModel) -> None:
-    """UnknownTargetModules naming what exists, or InvalidHyperparameter when r is larger than a module allows."""
-    modules: dict[str, list[int]] = base_model.facts["linear_modules"]
-    try:
-        targets = match_targets(lora.config(), modules)
-    except lora_errors.UnknownTargetModules as error:
-        raise UnknownTargetModules(error.message, param="lora.target_modules", **error.details) from None
-    largest_r = min(min(modules[target]) for target in targets)
-    if lora.r > largest_r:
-        raise InvalidHyperparameter(
-            f"r = {lora.r} is larger than the smallest adapted dimension, {largest_r}.", param="lora.r", limit=largest_r
-        )
 
 
 def _lock_quota(session: Session, tenant_id: uuid.UUID) -> None:

@@ -126,6 +126,51 @@ class TestCreate:
         assert "nope" in error["message"]
         assert "k_proj" in str(error)
 
+    def test_every_setting_of_an_adapter_is_taken_and_shown(self, submit: Submit) -> None:
+        given = {
+            "r": 4,
+            "target_modules": ["q_proj", "v_proj", "embed_tokens"],
+            "exclude_modules": ["layers.0.self_attn.v_proj"],
+            "layers_to_transform": [0, 1],
+            "rank_pattern": {"v_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.v_proj": 3.0},
+            "bias": "lora_only",
+            "modules_to_save": ["lm_head", "layers.1.self_attn.o_proj"],
+            "use_dora": True,
+            "init_lora_weights": "gaussian",
+            "loraplus_lr_ratio": 16.0,
+        }
+        shown = submit(lora=given).json()["lora"]
+        assert {name: shown[name] for name in given} == given
+        preset = submit(lora={"target_modules": "paper", "trainable_token_indices": [5, 3]}).json()["lora"]
+        assert (preset["target_modules"], preset["trainable_token_indices"]) == ("paper", [5, 3])
+
+    @pytest.mark.parametrize(
+        ("lora", "code", "param", "words"),
+        [
+            ({"exclude_modules": ["nope"]}, "unknown_target_modules", "lora.exclude_modules", "nope; it has"),
+            ({"modules_to_save": ["score"]}, "unknown_target_modules", "lora.modules_to_save", "score; it has"),
+            ({"exclude_modules": ["q_proj"]}, "invalid_hyperparameter", "lora.target_modules", "No module is left"),
+            ({"layers_to_transform": [7]}, "invalid_hyperparameter", "lora.target_modules", "No module is left"),
+            ({"layers_to_transform": [-1]}, "invalid_hyperparameter", "lora", "layers_to_transform"),
+            ({"rank_pattern": {"k_proj": 2}}, "invalid_hyperparameter", "lora.rank_pattern", "k_proj"),
+            ({"rank_pattern": {"q_proj": 33}}, "invalid_hyperparameter", "lora.rank_pattern", "r = 33"),
+            ({"rank_pattern": {"q_proj": 0}}, "invalid_hyperparameter", "lora", "rank_pattern"),
+            ({"alpha_pattern": {"k_proj": 2}}, "invalid_hyperparameter", "lora.alpha_pattern", "k_proj"),
+            ({"trainable_token_indices": [10**6]}, "invalid_hyperparameter", "lora.trainable_token_indices", "tokens"),
+            ({"trainable_token_indices": [1, 1]}, "invalid_hyperparameter", "lora", "trainable_token_indices"),
+            ({"use_dora": True, "init_lora_weights": "pissa"}, "invalid_hyperparameter", "lora", "use_dora"),
+            ({"r": 600, "init_lora_weights": "olora"}, "invalid_hyperparameter", "lora", "twice the rank"),
+            ({"loraplus_lr_ratio": 0.5}, "invalid_hyperparameter", "lora.loraplus_lr_ratio", "at least 1"),
+        ],
+    )
+    def test_a_setting_that_the_base_model_cannot_have(
+        self, submit: Submit, lora: dict[str, Any], code: str, param: str, words: str
+    ) -> None:
+        error = refused(submit(lora={"r": 4, "target_modules": ["q_proj"], **lora}), 422, code)
+        assert error["param"] == param
+        assert words in error["message"]
+
     @pytest.mark.parametrize(
         ("over", "param"),
         [

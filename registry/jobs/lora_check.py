@@ -1,0 +1,81 @@
+"""Whether a base model has what a job's LoRA settings name: said at submit, not after an hour in a queue."""
+
+from collections.abc import Iterable, Mapping
+
+from lora_core import errors as lora_errors
+from lora_core.architectures import ARCHITECTURES
+from lora_core.config import LoraConfig, match_targets
+from lora_core.targets import OUTPUT_LAYER, matches
+from registry.errors import InvalidHyperparameter, UnknownTargetModules
+from registry.jobs.spec import LoraSpec
+from registry.models import BaseModel
+
+
+def check_lora(lora: LoraSpec, base_model: BaseModel) -> None:
+    """UnknownTargetModules naming what exists, or InvalidHyperparameter for what does not fit the base model."""
+    shapes: dict[str, list[int]] = base_model.facts["linear_modules"]
+    family = ARCHITECTURES[base_model.architecture]
+    # a tied output layer has no tensor, and an embedding is no linear layer, but a model has both
+    modules = sorted({*shapes, f"{family.trunk or 'model.'}{family.embedding}", OUTPUT_LAYER})
+    config = lora.config()
+    targets = _targets(config, modules, shapes)
+    for name in ("exclude_modules", "modules_to_save"):
+        _check_names(name, getattr(config, name), modules)
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(name, getattr(config, name), targets)
+    _check_ranks(config, targets, shapes)
+    vocabulary = base_model.facts["vocab_size"]
+    if large := [token for token in lora.trainable_token_indices if token >= vocabulary]:
+        raise InvalidHyperparameter(
+            f"The base model has {vocabulary} tokens, none of them {large[0]}.", param="lora.trainable_token_indices"
+        )
+
+
+def _targets(config: LoraConfig, modules: list[str], shapes: Mapping[str, list[int]]) -> list[str]:
+    try:
+        targets = match_targets(config, modules, [path for path in shapes if not matches(path, OUTPUT_LAYER)])
+    except lora_errors.UnknownTargetModules as error:
+        raise UnknownTargetModules(error.message, param="lora.target_modules", **error.details) from None
+    if not targets:
+        raise InvalidHyperparameter(
+            "No module is left to adapt: all targets are excluded, saved whole, or outside `layers_to_transform`.",
+            param="lora.target_modules",
+        )
+    return targets
+
+
+def _check_names(field: str, names: Iterable[str], modules: Iterable[str]) -> None:
+    unknown = [name for name in names if not any(_is_or_holds(path, name) for path in modules)]
+    if unknown:
+        available = sorted({path.rpartition(".")[2] for path in modules})
+        raise UnknownTargetModules(
+            f"the base model has no module named {', '.join(unknown)}; it has {', '.join(available)}",
+            param=f"lora.{field}",
+            unknown=unknown,
+            available=available,
+        )
+
+
+def _is_or_holds(path: str, name: str) -> bool:
+    """Whether `name` means the module, or one that it is part of."""
+    while path:
+        if matches(path, name):
+            return True
+        path = path.rpartition(".")[0]
+    return False
+
+
+def _check_patterns(field: str, pattern: Mapping[str, float], targets: Iterable[str]) -> None:
+    for name in pattern:
+        if not any(matches(path, name) for path in targets):
+            raise InvalidHyperparameter(f"`{name}` is not one of the adapted modules.", param=f"lora.{field}")
+
+
+def _check_ranks(config: LoraConfig, targets: Iterable[str], shapes: Mapping[str, list[int]]) -> None:
+    for path in targets:
+        r, limit = config.rank_for(path), min(shapes.get(path, [config.r]))
+        if r > limit:
+            field = "r" if r == config.r else "rank_pattern"
+            raise InvalidHyperparameter(
+                f"r = {r} is larger than the smaller dimension of {path}, {limit}.", param=f"lora.{field}", limit=limit
+            )
