@@ -21,11 +21,11 @@ from lora_core.merged import MergedCheckpoint
 from lora_core.peft_config import AdapterConfig
 from lora_core.plan import from_nf4, make_recipe
 from lora_core.recipe import Recipe
+from lora_core.shared import Shared
 from lora_core.sources import ByteSource, read_all, read_header
 from registry.errors import ArtifactCorrupt, MergePreparing, MergesBusy, NotMergeable
 from registry.jobs.inputs import StoredFile, VersionInput
 from registry.jobs.spec import MergeOptions
-from registry.shared import Shared
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_chunks
 from registry.storage.source import StoredFiles

@@ -9,8 +9,8 @@ import numpy as np
 
 from lora_core.floats import Array
 from lora_core.shards import ByteReader
+from lora_core.shared import Shared
 from registry.errors import StorageUnavailable
-from registry.shared import Shared
 from registry.storage.base import ObjectStore
 from registry.storage.local import LocalStore
 

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from registry.shared import Shared
+from lora_core.shared import Shared
 
 
 def test_a_value_is_made_once_for_all_who_ask_at_once() -> None:
