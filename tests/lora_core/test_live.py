@@ -15,6 +15,7 @@ from lora_core.inject import adapter_layers, inject
 from lora_core.live import LiveModel
 from lora_core.merge import merge
 from lora_core.mixed import SplitLayer, StackedLinear
+from lora_core.qlora import quantise_base
 from tests.lora_core.adapters import TOKENS, logits, make_peft_adapter
 from tests.lora_core.recipes import randomize
 from tests.tiny import make_base, randomize_adapter
@@ -136,6 +137,28 @@ def test_merging_a_tied_output_layer_leaves_the_embedding_alone(tmp_path):
     live.merge("a")
     torch.testing.assert_close(say(live.model), logits(base, adapter), atol=2e-5, rtol=1e-4)
     assert torch.equal(live.model.get_input_embeddings().weight, weights["model.embed_tokens.weight"])
+
+
+def test_a_base_in_4_bits_takes_adapters_merged_attached_and_mixed(tmp_path):
+    base = make_base(tmp_path / "base", hidden=64)
+    adapter = randomize_adapter(make_peft_adapter(base, tmp_path / "lora"), scale=0.3)
+    model, other = load(base), load(base)
+    for either in (model, other):
+        quantise_base(either)
+    untouched = say(model)
+    load_adapter(other, adapter)
+    expected = say(other)
+    live = LiveModel(model)
+    live.load("a", adapter)
+    live.merge("a")
+    torch.testing.assert_close(say(model), expected, atol=2e-5, rtol=1e-4)
+    live.use("a")
+    assert torch.equal(say(model), expected)
+    with live.rows([None, "a"]):
+        mixed = say(model, TOKENS.repeat(2, 1))
+    torch.testing.assert_close(mixed, torch.cat([untouched, expected]), atol=2e-5, rtol=1e-4)
+    live.use(None)
+    assert torch.equal(say(model), untouched)
 
 
 @pytest.mark.parametrize("how", ["use", "merge"])
