@@ -70,6 +70,39 @@ def test_a_job_becomes_an_adapter_and_a_merge_that_others_load(
     torch.testing.assert_close(logits(merged), adapted, atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_of_many_kinds_of_layers_goes_the_same_way(
+    depot: Depot, start_worker: StartWorker, base_dir: Path, tmp_path: Path
+) -> None:
+    start_worker(APP)
+    lora = {
+        "r": 4,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "exclude_modules": ["layers.0.mlp.down_proj"],
+        "rank_pattern": {"v_proj": 2},
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [40, 41],
+        "use_dora": True,
+    }
+    job_id = depot.submit(lora=lora, loraplus_lr_ratio=4.0)
+    wait_until(lambda: depot.job(job_id).state in {"succeeded", "failed"}, seconds=120)
+    assert depot.job(job_id).state == "succeeded", depot.job(job_id).error_message
+    with transaction(depot.sessions) as session:
+        version = session.scalars(select(Version)).one()
+        files = list(session.scalars(select(VersionFile)))
+        merge, _ = request_merge(session, version=version, options=MergeOptions(dtype="float32"))
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    adapted = logits(PeftModel.from_pretrained(base, download(depot, files, tmp_path / "adapter")))
+    wait_until(lambda: depot.job(merge.job_id).state in {"succeeded", "failed"}, seconds=120)
+    assert depot.job(merge.job_id).state == "succeeded", depot.job(merge.job_id).error_message
+    with transaction(depot.sessions) as session:
+        merged_files = list(session.scalars(select(MergeFile)))
+        report = session.scalars(select(Merge)).one().report
+    merged = AutoModelForCausalLM.from_pretrained(download(depot, merged_files, tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
+    assert report is not None
+    assert report["canary"]["run"]
+
+
 def check_certificate(report: dict[str, Any], digests: dict[str, str]) -> None:
     """Each changed tensor with what rounding left of its change; nothing here is tied; the tokenizer is the base's."""
     assert len(report["tensors"]) == 4
