@@ -91,11 +91,6 @@ class AdaLoraLinear(LoraLinear):
         """Zero the singular values of the triplets that are not kept."""
         self.lora_E.masked_fill_(~self.kept[:, None], 0.0)
 
-    def forget(self) -> None:
-        """Set the running averages to zero."""
-        for average in (*self.importance.values(), *self.uncertainty.values()):
-            average.zero_()
-
     def orthogonality(self) -> Iterator[Tensor]:
         """‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖."""
         for product in (self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B):

@@ -51,10 +51,7 @@ class RankAllocator:
                 layer.observe(config.beta1, config.beta2)
         if step == end or (config.tinit < step < end and step % config.deltaT == 0):
             self._allocate(self.budget(step))
-        if step == end:
-            for layer in self.layers:
-                layer.forget()
-        elif step > end:
+        if step > end:  # what was pruned stays so, but the optimizer does not know
             for layer in self.layers:
                 layer.prune()
 

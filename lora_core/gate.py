@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_core.adalora_config import read_config
+from lora_core.adalora_config import AdaLoraConfig, read_config
 from lora_core.adapter_names import WRAPPER, AdaptedModule, adapted_modules
 from lora_core.changes import ModuleFactors, check_ranks, find_factors, is_announced, targeted_parameters, token_indices
 from lora_core.config import MAX_CONFIG_BYTES, LoraConfig
@@ -97,6 +97,8 @@ def inspect_adapter(directory: Path) -> AdapterForm:
     adapted = {_name(module): module for module in modules if module.roles.keys() - {"new_rows"}}
     config = read_config(data, modules=[*adapted])
     factors = {name: _check_factors(module, wide) for name, module in adapted.items()}
+    if isinstance(config, AdaLoraConfig):
+        _check_kept(config, factors)
     for module in modules:
         if new_rows := module.roles.get("new_rows"):
             token_indices(module.path, new_rows, wide)
@@ -137,6 +139,16 @@ def _check_factors(module: AdaptedModule, config: AdapterConfig) -> ModuleFactor
     if ("lora_bias" in module.roles) is not config.lora_bias:
         raise KeyMismatch(f"{module.path} and the config disagree on whether lora_B has a bias")
     return found
+
+
+def _check_kept(config: AdaLoraConfig, factors: Mapping[str, ModuleFactors]) -> None:
+    """Each module has the triplets that rank_pattern keeps, and all that it names are there."""
+    if surplus := sorted(config.kept.keys() - factors.keys()):
+        raise KeyMismatch(f"rank_pattern names {surplus[0]}, of which the file has no tensor")
+    for path, found in factors.items():
+        if found.lora_A.shape[0] != config.rank_for(path):
+            r = config.rank_for(path)
+            raise ShapeMismatch(f"{path} has rank {found.lora_A.shape[0]}; rank_pattern and init_r leave it {r}")
 
 
 def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule], wide: AdapterConfig) -> LoraConfig:

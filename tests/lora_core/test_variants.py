@@ -19,7 +19,7 @@ from lora_core.allocator import RankAllocator
 from lora_core.checkpoint import Fingerprint
 from lora_core.config import LoraConfig
 from lora_core.data import IGNORED, Example
-from lora_core.errors import BadConfig
+from lora_core.errors import BadConfig, KeyMismatch, ShapeMismatch
 from lora_core.fingerprint import take_fingerprint
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from lora_core.inject import eject, inject, lora_layers
@@ -242,6 +242,23 @@ def test_a_peft_adalora_is_loaded(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     load_adapter(model, tmp_path)
     torch.testing.assert_close(say(model), peft_says(llama, tmp_path), atol=3e-5, rtol=1e-5)
+
+
+def test_a_rank_pattern_that_does_not_fit_the_tensors_is_refused(llama, tmp_path):
+    model = adapted(llama, ADALORA)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_E)
+    save_adapter(model, ADALORA, tmp_path)
+    check_adapter(tmp_path)
+    for path, kept, error in (
+        ("model.layers.0.self_attn.q_proj", [True, False, True, True], ShapeMismatch),
+        ("model.layers.0.self_attn.o_proj", [True] * 4, KeyMismatch),
+        ("model.layers.0.self_attn.q_proj", [True], BadConfig),
+    ):
+        changed = document(tmp_path) | {"rank_pattern": {f"{path}.lora_E": kept}}
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(changed))
+        with pytest.raises(error, match="rank_pattern"):
+            check_adapter(tmp_path)
 
 
 def test_a_module_that_a_variant_cannot_adapt_is_refused(llama):
