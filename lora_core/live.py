@@ -105,13 +105,12 @@ class LiveModel:
         """
         loaded = self._find(name)
         self._check_not_mixed()
-        active, how = self.active, self.how
         if loaded.is_plain() and _head(directory) == loaded.head:
             self._refill(loaded, directory)
         else:
             self._adapters[name] = loaded = self._read(directory)
-        if active == name:
-            self._return(active, how)
+        if self.active == name:
+            (self.merge if self.how == "merged" else self.use)(name)
         return loaded.form.facts.config
 
     def drop(self, name: str) -> None:
@@ -164,15 +163,13 @@ class LiveModel:
         A batch of another number of rows is ShapeMismatch. Afterwards, what was at work before is again.
         """
         adapters = {name: self._find(name).layers for name in dict.fromkeys(names) if name is not None}
-        active, how = self.active, self.how
-        self.use(None)
-        self._place(mixed_layers(names, adapters))
-        self._mixed = True
-        try:
-            yield
-        finally:
-            self._mixed = False
-            self._return(active, how)
+        with self._base():
+            self._place(mixed_layers(names, adapters))
+            self._mixed = True
+            try:
+                yield
+            finally:
+                self._mixed = False
 
     def _check_not_mixed(self) -> None:
         if self._mixed:
@@ -180,12 +177,18 @@ class LiveModel:
 
     @contextmanager
     def _base(self) -> Iterator[None]:
-        active, how = self.active, self.how
-        self.use(None)
+        """The base within, and afterwards what was at work before."""
+        self._check_not_mixed()
+        placed = self._placed
+        swapped = [(module, name, getattr(module, name)) for module, name, _ in self._originals]
+        self._restore()
+        self._place({})
         try:
             yield
         finally:
-            self._return(active, how)
+            self._place(placed)
+            for module, name, buffer in swapped:
+                self._swap(module, name, buffer)
 
     def _read(self, directory: Path) -> _Loaded:
         head = _head(directory)
@@ -204,12 +207,6 @@ class LiveModel:
                 before = parameter.untyped_storage()
                 parameter.data = tensors[f"{PREFIX}{path}.{name}"]
         self._spare = torch.empty(0, dtype=torch.uint8).set_(before)
-
-    def _return(self, active: str | None, how: How) -> None:
-        if active is not None and how == "merged":
-            self.merge(active)
-        else:
-            self.use(active)
 
     def _find(self, name: str) -> _Loaded:
         if name not in self._adapters:

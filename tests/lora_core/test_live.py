@@ -91,6 +91,33 @@ def test_attached_and_merged_adapters_say_what_peft_says(live, llama, adapters, 
     torch.testing.assert_close(say(live.model), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"bias": "lora_only"}),
+        ("qwen2", {"bias": "all", "target_modules": ["o_proj"]}),
+        ("qwen2", {"lora_bias": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    ],
+)
+def test_biases_and_turned_weights_are_merged_too(tmp_path, family, settings):
+    base = make_base(tmp_path / "base", family)
+    adapter = randomize(make_peft_adapter(base, tmp_path / "lora", **settings))
+    model = load(base)
+    untouched = digest(model)
+    live = LiveModel(model)
+    live.load("a", adapter)
+    expected = logits(base, adapter)
+    for how in (live.use, live.merge, live.use):
+        how("a")
+        torch.testing.assert_close(say(model), expected, atol=5e-5, rtol=1e-4)
+    with live.rows([None, "a"]):
+        torch.testing.assert_close(say(model, TOKENS.repeat(2, 1))[1], expected[0], atol=5e-5, rtol=1e-4)
+    live.merge("a")
+    live.use(None)
+    assert digest(model) == untouched
+
+
 def test_after_any_switches_the_base_has_the_bits_it_had(live, llama):
     untouched, tensors = digest(load(llama)), dict(live.model.named_parameters())
     chance = random.Random(0)
