@@ -38,8 +38,8 @@ test-radosgw: setup ## Run the storage conformance suite against Debian's radosg
 faults: setup ## Break every part of the service on purpose, every way there is a test for
 	$(BIN)/python -m pytest -m "faults_long or not faults_long" tests/faults
 
-nemesis: setup ## Random faults for minutes: make nemesis SEED=1 MINUTES=10
-	$(BIN)/python -m tests.faults.nemesis --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+nemesis: setup ## Random faults for minutes, then a full check: make nemesis SEED=1 MINUTES=10
+	NEMESIS_SEED=$(SEED) NEMESIS_MINUTES=$(or $(MINUTES),10) $(BIN)/python -m pytest -s -m faults_long tests/faults/test_nemesis.py
 
 lint: setup ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check .
