@@ -1,7 +1,7 @@
 """A small client of the depot's HTTP API. What is safe to repeat is repeated; nothing else is."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
@@ -12,7 +12,21 @@ import httpx
 from cli.connection import Connection, uses_proxies
 from cli.errors import CommandError, NotConnected, Refused
 from cli.merge_options import MergeOptions
-from cli.objects import Adapter, Alias, BaseModelInfo, Event, FileInfo, Job, Merge, Merged, QueueInfo, Version
+from cli.objects import (
+    Adapter,
+    Alias,
+    Attempt,
+    BaseModelInfo,
+    Checkpoint,
+    Event,
+    FileInfo,
+    Job,
+    Merge,
+    Merged,
+    QueueInfo,
+    Version,
+    Webhook,
+)
 from cli.upload import ProgressFile
 
 RETRIED = frozenset({429, 502, 503, 504})
@@ -107,6 +121,45 @@ class Client:
     def events(self, job_id: str) -> Iterator[Event]:
         """Newest first; pages are fetched as they are read."""
         return cast(Iterator[Event], self._pages(f"/v1/fine_tuning/jobs/{_part(job_id)}/events", {"limit": 200}))
+
+    def attempts(self, job_id: str) -> Iterator[Attempt]:
+        """Newest first."""
+        return cast(Iterator[Attempt], self._pages(f"/v1/fine_tuning/jobs/{_part(job_id)}/attempts", {"limit": 100}))
+
+    def curves(self, job_id: str, *, points: int) -> list[dict[str, Any]]:
+        """Losses, learning rate and speed by step, at most so many points."""
+        path = f"/v1/fine_tuning/jobs/{_part(job_id)}/metrics"
+        return cast(list[dict[str, Any]], self._call("GET", path, params={"points": points})["points"])
+
+    def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
+        """Newest first."""
+        path = f"/v1/fine_tuning/jobs/{_part(job_id)}/checkpoints"
+        return cast(Iterator[Checkpoint], self._pages(path, {"limit": 100}))
+
+    def publish_checkpoint(self, job_id: str, checkpoint_id: str) -> Version:
+        """The version of this checkpoint, made now or before."""
+        path = f"/v1/fine_tuning/jobs/{_part(job_id)}/checkpoints/{_part(checkpoint_id)}/publish"
+        return cast(Version, self._call("POST", path))
+
+    # ── webhooks ─────────────────────────────────────────────────────────────────────────────────
+
+    def webhooks(self) -> Iterator[Webhook]:
+        return cast(Iterator[Webhook], self._pages("/v1/webhook_endpoints", {"limit": 100}))
+
+    def webhook_event_types(self) -> list[dict[str, str]]:
+        return cast(list[dict[str, str]], self._call("GET", "/v1/webhook_endpoints/event_types")["data"])
+
+    def add_webhook(self, *, name: str, url: str, event_types: Sequence[str]) -> dict[str, Any]:
+        """The endpoint, with the secret that signs what is sent to it."""
+        body = {"name": name, "url": url, "event_types": list(event_types)}
+        return self._call("POST", "/v1/webhook_endpoints", repeat=False, json=body)
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        self._call("DELETE", f"/v1/webhook_endpoints/{_part(webhook_id)}")
+
+    def test_webhook(self, webhook_id: str, event_type: str) -> dict[str, Any]:
+        path = f"/v1/webhook_endpoints/{_part(webhook_id)}/test"
+        return self._call("POST", path, repeat=False, json={"event_type": event_type})
 
     # ── adapters and merges ──────────────────────────────────────────────────────────────────────
 

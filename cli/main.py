@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cli import adapters, artifacts, base, files, jobs
+from cli import adapters, artifacts, base, files, job_history, webhooks
 from cli.console import facts, fail
 from cli.errors import CommandError
 from cli.session import connected
@@ -29,9 +29,10 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train, version and ship LoRA adapters.")
 app.add_typer(base.app, name="base")
 app.add_typer(files.app, name="files")
-app.add_typer(jobs.app, name="jobs")
+app.add_typer(job_history.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(adapters.alias_app, name="alias")
+app.add_typer(webhooks.app, name="webhooks")
 app.command()(artifacts.download)
 app.command()(artifacts.merge)
 
@@ -55,6 +56,17 @@ def up(
     from cli.up import up as run
 
     raise typer.Exit(run(home, port=port, slots=slots))
+
+
+@app.command()
+def verify(
+    home: Annotated[Path | None, typer.Option(help="A depot's home. Default: DEPOT_HOME, or ~/.lora-depot.")] = None,
+    digests: Annotated[bool, typer.Option("--digests", help="Read and hash every object, too.")] = False,
+) -> None:
+    """Compare the database with the store; exit status 1 on any difference."""
+    from cli.verify import verify as run
+
+    raise typer.Exit(run(home, digests=digests))
 
 
 @app.command()

@@ -65,6 +65,38 @@ class QueueInfo(TypedDict):
     estimate_seconds: int | None
 
 
+class Attempt(TypedDict):
+    """One time that a worker took a job."""
+
+    attempt: int
+    worker: str
+    started_at: int
+    ended_at: int | None
+    ending: str | None
+    error: Failure | None
+    last_step: int | None
+    resume: str | None
+
+
+class Checkpoint(TypedDict):
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: dict[str, Any]
+    bytes: int
+    files: list["StoredFile"]
+    version: int | None
+
+
+class Webhook(TypedDict):
+    id: str
+    name: str
+    url: str
+    event_types: list[str]
+    created_at: int
+
+
 class Event(TypedDict):
     id: str
     created_at: int

@@ -82,6 +82,16 @@ class EndpointWithSecret(EndpointObject):
     signing_secret: str
 
 
+class EventTypeObject(BaseModel):
+    """One thing that an endpoint can be told of."""
+
+    model_config = shown({"event_type": "fine_tuning.job.failed", "description": "A job has ended without a result."})
+
+    object: Literal["webhook_endpoint.event_type"] = "webhook_endpoint.event_type"
+    event_type: str
+    description: str
+
+
 class EndpointDeleted(BaseModel):
     model_config = shown({"id": ENDPOINT["id"], "object": "webhook_endpoint.deleted", "deleted": True})
 
@@ -146,6 +156,19 @@ def endpoint_list(
     page = endpoints.list_endpoints(session, tenant_id=principal.tenant_id, after=cursor, limit=limit)
     items = [_object(endpoint, depot) for endpoint in page.items]
     return listing(EndpointObject, items, has_more=page.has_more, cursor=lambda endpoint: endpoint.id)
+
+
+@router.declare(
+    "GET",
+    "/webhook_endpoints/event_types",
+    permission=Permission.WEBHOOKS_READ,
+    summary="List what a webhook can be told",
+    returns=Listing[EventTypeObject],
+)
+def event_types() -> Listing[EventTypeObject]:
+    """Every type of event, in no pages."""
+    items = [EventTypeObject(event_type=name, description=text) for name, text in endpoints.EVENT_TYPES.items()]
+    return listing(EventTypeObject, items, has_more=False, cursor=lambda item: item.event_type)
 
 
 @router.declare(

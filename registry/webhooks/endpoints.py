@@ -4,7 +4,7 @@ import base64
 import hashlib
 import hmac
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -17,6 +17,11 @@ from registry.models import Tenant, WebhookEndpoint
 from registry.paging import Page, page_by_age
 
 EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+EVENT_TYPES: Mapping[EventType, str] = {
+    "fine_tuning.job.succeeded": "A job has published its version.",
+    "fine_tuning.job.failed": "A job has ended without a result.",
+    "fine_tuning.job.cancelled": "A job was cancelled.",
+}
 MOST_ENDPOINTS = 20
 OVERLAP = timedelta(hours=24)
 

@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from pydantic import TypeAdapter
+from sqlalchemy.orm import Session
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
@@ -24,7 +25,7 @@ from api.openai.job_request import CREATE, JobCreate
 from api.routing import GuardedRoute, Permission, permission_of, require_permissions
 from registry.db import SessionFactory, transaction
 from registry.ids import public_id
-from registry.models import Merge, WebhookEndpoint
+from registry.models import Checkpoint, CheckpointFile, Job, Merge, WebhookEndpoint
 from registry.settings import Settings
 from tests.api.conftest import bearer, refused
 from tests.factories import make_adapter, make_blob, make_file, make_job, make_version
@@ -56,6 +57,7 @@ GET /v1/fine_tuning/jobs jobs:read
 GET /v1/fine_tuning/jobs/{job_id} jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/attempts jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/checkpoints jobs:read
+GET /v1/fine_tuning/jobs/{job_id}/checkpoints/{checkpoint}/files/{file} adapters:read
 GET /v1/fine_tuning/jobs/{job_id}/events jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/events/stream jobs:read
 GET /v1/fine_tuning/jobs/{job_id}/metrics jobs:read
@@ -66,6 +68,7 @@ GET /v1/models models:read
 GET /v1/models/{model:path} models:read
 GET /v1/objects/{token} public
 GET /v1/webhook_endpoints webhooks:read
+GET /v1/webhook_endpoints/event_types webhooks:read
 GET /v1/webhook_endpoints/{webhook_id} webhooks:read
 HEAD /v1/adapters/{name}/versions/{version}/merged/{file:path} merges:read
 HEAD /v1/objects/{token} public
@@ -74,6 +77,7 @@ POST /v1/base-models base-models:write
 POST /v1/files files:write
 POST /v1/fine_tuning/jobs jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/cancel jobs:write
+POST /v1/fine_tuning/jobs/{job_id}/checkpoints/{checkpoint}/publish adapters:write
 POST /v1/fine_tuning/jobs/{job_id}/pause jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/resume jobs:write
 POST /v1/fine_tuning/jobs/{job_id}/retry jobs:write
@@ -159,6 +163,7 @@ def fill(path: str, values: dict[str, str]) -> str:
 NOWHERE = {
     "file_id": f"file-{'0' * 32}",
     "job_id": f"ftjob-{'0' * 32}",
+    "checkpoint": f"ftckpt-{'0' * 32}",
     "merge_id": f"merge-{'0' * 32}",
     "webhook_id": f"webhook-{'0' * 32}",
     "name": "absent",
@@ -205,6 +210,7 @@ def theirs(client: TestClient, key: str, sessions: SessionFactory, tenant_id: uu
         version = make_version(session, adapter)
         file = make_file(session, tenant)
         job = make_job(session, adapter, training_file_id=file.id)
+        checkpoint = make_checkpoint(session, job)
         merge_job = make_job(session, adapter, state="succeeded", kind="merge")
         merge = Merge(tenant_id=tenant.id, version_id=version.id, dtype="base", job_id=merge_job.id)
         session.add(merge)
@@ -215,7 +221,9 @@ def theirs(client: TestClient, key: str, sessions: SessionFactory, tenant_id: uu
         session.add(webhook)
         session.flush()
         ids = {"file_id": file.id, "job_id": job.id, "merge_id": merge.id, "webhook_id": webhook.id}
+        ids["checkpoint"] = checkpoint.id
     prefixes = {"file_id": "file", "job_id": "ftjob", "merge_id": "merge", "webhook_id": "webhook"}
+    prefixes["checkpoint"] = "ftckpt"
     return {
         **{name: public_id(prefixes[name], value) for name, value in ids.items()},
         "name": "mine",
@@ -224,6 +232,18 @@ def theirs(client: TestClient, key: str, sessions: SessionFactory, tenant_id: uu
         "file": "adapter_config.json",
         "model": "mine@1",
     }
+
+
+def make_checkpoint(session: Session, job: Job) -> Checkpoint:
+    """A checkpoint of the job, with an adapter of one file."""
+    blob = make_blob(session)
+    listed = [{"path": "adapter_config.json", "size": blob.size, "sha256": blob.sha256}]
+    manifest = {"files": listed, "adapter": {"files": listed}}
+    checkpoint = Checkpoint(job_id=job.id, fence=1, step=5, manifest=manifest, metrics={})
+    session.add(checkpoint)
+    session.flush()
+    session.add(CheckpointFile(checkpoint_id=checkpoint.id, path="adapter_config.json", blob_id=blob.id))
+    return checkpoint
 
 
 def body_for(route: Route) -> dict[str, Any]:
