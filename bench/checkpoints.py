@@ -65,12 +65,12 @@ def write_base(directory: Path, *, layers: int, vocab: int) -> Path:
     return directory
 
 
-def write_adapter(directory: Path, *, layers: int) -> Path:
-    """An r = 16 adapter in float32 on every linear layer of every block."""
+def write_adapter(directory: Path, *, layers: int, alpha: int = 2 * R) -> Path:
+    """An r = 16 adapter in float32 on every linear layer of every block; the numbers are always the same."""
     directory.mkdir(parents=True)
     modules = linear_shapes()
     targets = tuple(sorted(name.rpartition(".")[2] for name in modules))
-    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=targets)
+    config = LoraConfig(r=R, lora_alpha=alpha, target_modules=targets)
     (directory / "adapter_config.json").write_bytes(config.to_peft_json())
     shapes: dict[str, Shape] = {}
     for layer in range(layers):
