@@ -183,7 +183,7 @@ def test_unknown_target_modules_are_refused_with_what_exists(sessions: SessionFa
     with pytest.raises(UnknownTargetModules) as caught:
         shop.send(spec=TrainSpec(lora=LoraSpec(target_modules=["q_proj", "c_attn"])))
     assert caught.value.details["unknown"] == ["c_attn"]
-    assert caught.value.details["available"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert caught.value.details["available"] == ["embed_tokens", "k_proj", "lm_head", "o_proj", "q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj"], ["self_attn.q_proj", "model.layers.1.self_attn.o_proj"]])
