@@ -1,6 +1,8 @@
 """A base in 4 bits: to the bit what bitsandbytes computes, and what a merge into NF4 starts from."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +22,10 @@ from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.layers import LoraLinear
 from lora_core.merge import merge
+from lora_core.mode import training
 from lora_core.model import load_base
 from lora_core.plan import plan_merge
-from lora_core.qlora import NF4Weight, pack, quantise_base, resident_bytes
+from lora_core.qlora import NF4Weight, Packed, pack, quantise_base, resident_bytes
 from lora_core.train import TrainConfig, train
 from lora_core.trainable import trained_parameters
 from tests.lora_core.recipes import TOKENS, logits_of
@@ -111,6 +114,36 @@ def test_no_dense_weight_is_kept_between_forward_and_backward(adapted):
     y.sum().backward()
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("wide") / "base", hidden=64)
+
+
+LORA = LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "v_proj", "down_proj"))
+CONFIG = TrainConfig(n_epochs=2, batch_size=8, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_between_the_passes_of_a_model_in_training_no_unpacked_weight_is_alive(base, monkeypatch, config):
+    unpacked, unpack = [], Packed.unpack
+
+    def watched(packed: Packed, *args):
+        dense = unpack(packed, *args)
+        unpacked.append(weakref.ref(dense))
+        return dense
+
+    model, _ = load_base(base)
+    quantise_base(model)
+    inject(model, replace(LORA, **config), seed=0)
+    monkeypatch.setattr(Packed, "unpack", watched)
+    with training(model, CONFIG, packed=False):
+        loss = model(TOKENS, labels=TOKENS).loss
+        gc.collect()
+        assert len(unpacked) >= 14
+        assert [ref() for ref in unpacked if ref() is not None] == []
+        loss.backward()
+
+
 def test_lora_on_four_bits_is_lora_on_the_unpacked_weight():
     layer = quantised_layer()
     dense = nn.Linear(128, 24)
@@ -142,15 +175,6 @@ def test_rows_that_no_block_divides_are_refused_and_nothing_is_changed():
     with pytest.raises(BadConfig, match="1 has 96 inputs"):
         quantise_base(model)
     assert not any(isinstance(p, NF4Weight) for p in model.parameters())
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("wide") / "base", hidden=64)
-
-
-LORA = LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "v_proj", "down_proj"))
-CONFIG = TrainConfig(n_epochs=2, batch_size=8, learning_rate=1e-2)
 
 
 def test_a_quantised_model_takes_less_memory(base):

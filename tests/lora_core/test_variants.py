@@ -68,11 +68,11 @@ def adapted(base: Path, config: LoraConfig) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, config: LoraConfig, **options: Any) -> Any:
+def run(model: nn.Module, config: LoraConfig, settings: TrainConfig = TRAIN, **options: Any) -> Any:
     if isinstance(config, AdaLoraConfig):
         allocator = RankAllocator(model, config)
         options |= {"task": allocator.task(CausalLM()), "after_step": allocator.after_step}
-    return train(model, EXAMPLES, TRAIN, **options)
+    return train(model, EXAMPLES, settings, **options)
 
 
 @torch.no_grad()
@@ -145,6 +145,13 @@ def test_a_run_goes_on_from_any_step_with_the_same_bits(config, llama, tmp_path)
         assert resumed[-1].tensors.keys() == states[-1].tensors.keys()
         for name, tensor in states[-1].tensors.items():
             assert torch.equal(resumed[-1].tensors[name], tensor), name
+
+
+def test_activation_checkpointing_changes_nothing(trained, llama):
+    _, _, config, losses = trained
+    settings, again = replace(TRAIN, activation_checkpointing=True), []
+    run(adapted(llama, config), config, settings, on_step=lambda report: again.append(report.loss))
+    assert again == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_checkpoint_holds_the_allocator(llama, tmp_path):
