@@ -102,7 +102,7 @@ def inspect_adapter(directory: Path) -> AdapterForm:
     for module in modules:
         if new_rows := module.roles.get("new_rows"):
             token_indices(module.path, new_rows, wide)
-    config = _as_names(config, modules, wide)
+    config = _as_names(config, modules)
     named = [name for name, module in adapted.items() if not targeted_parameters(module.path, wide)]
     _check_targets(config, named, wide)
     for tensor in header.tensors:
@@ -151,12 +151,11 @@ def _check_kept(config: AdaLoraConfig, factors: Mapping[str, ModuleFactors]) -> 
             raise ShapeMismatch(f"{path} has rank {found.lora_A.shape[0]}; rank_pattern and init_r leave it {r}")
 
 
-def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule], wide: AdapterConfig) -> LoraConfig:
+def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule]) -> LoraConfig:
     """`config` with `modules_to_save` in names that mean, dot by dot, what PEFT took them for."""
     saved: set[str] = set()
     for module in modules:
         for name in module.saved:
-            is_announced(module.path, name, wide)
             if (name == "bias" and config.bias == "all") or saving(module.path, config.saved_names()):
                 continue
             if parent := saved_module(module.path, config.modules_to_save):

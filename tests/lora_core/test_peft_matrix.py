@@ -222,6 +222,29 @@ def test_a_trained_adapter_is_saved_loaded_and_merged(tmp_path, name):
     torch.testing.assert_close(merged, kind.say(model), atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2_conv1d_bias_all", "tied_tokens", "llama_saved_ends"])
+def test_a_run_stopped_after_any_step_ends_with_the_same_bits(tmp_path, name):
+    kind = KINDS[name]
+    tokens = [torch.randint(3, 40, (9,), generator=torch.Generator().manual_seed(row)).numpy() for row in range(8)]
+    examples, settings = (
+        [Example(ids, ids) for ids in tokens],
+        TrainConfig(n_epochs=2, batch_size=4, learning_rate=0.02),
+    )
+
+    def run(**over) -> nn.Module:
+        model = kind.build()
+        inject(model, kind.config(), 0)
+        train(model, examples, settings, **over)
+        return model
+
+    states = []
+    straight = trained_parameters(run(on_checkpoint=states.append))
+    assert len(states) == 4
+    for state in states[:-1]:
+        resumed = trained_parameters(run(resume_from=state))
+        assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
 def saved(kind: Kind, directory: Path, change=lambda tensors: None, **settings) -> Path:
     """An adapter of PEFT with other tensors and settings than it wrote."""
     by_peft(kind).save_pretrained(directory)
@@ -235,6 +258,7 @@ def saved(kind: Kind, directory: Path, change=lambda tensors: None, **settings) 
 
 MODEL = "base_model.model.model."
 GPT2 = "base_model.model.transformer."
+Q = f"{MODEL}layers.0.self_attn.q_proj"
 ROWS = f"{MODEL}embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -258,6 +282,22 @@ ROWS = f"{MODEL}embed_tokens.token_adapter.trainable_tokens_delta"
         ("gpt2_conv1d", lambda t: [x.zero_() for x in t.values()], {}, BadAdapter, "changes nothing"),
         ("llama_saved_norm", lambda t: [x.zero_() for x in t.values()], {}, BadAdapter, "changes nothing"),
         ("convolutions", lambda t: t.popitem(), {}, KeyMismatch, "lora_"),
+        # what no layer would use is never left lying
+        ("llama_linear", lambda t: t.update({f"{Q}.lora_C.weight": torch.ones(1)}), {}, KeyMismatch, "lora_C"),
+        ("llama_linear", lambda t: t.update({f"{Q}.lora_E": torch.ones(3, 1)}), {}, KeyMismatch, "lora_E"),
+        ("llama_linear", lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(16)}), {}, KeyMismatch, "magn"),
+        ("llama_linear", lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(16, 16)}), {}, BadAdapter, "another"),
+        ("llama_linear", lambda t: t.update({f"{Q}.base_layer.bias": torch.ones(16)}), {}, KeyMismatch, "bias"),
+        ("llama_linear", lambda t: t.update({f"{MODEL}norm.weight": torch.ones(16)}), {}, KeyMismatch, "norm.weight"),
+        ("llama_linear", lambda t: t.update({f"{MODEL}embed_tokens.weight": torch.ones(1)}), {}, KeyMismatch, "embed"),
+        ("llama_linear", lambda t: t.update({"lora_A.weight": torch.ones(1)}), {}, KeyMismatch, "does not begin"),
+        (
+            "llama_linear",
+            lambda t: t.update({n.replace(".1.", ".2."): x.clone() for n, x in [*t.items()]}),
+            {},
+            KeyMismatch,
+            r"layers\.2",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path, name, change, settings, error, words):
