@@ -30,9 +30,13 @@ CHANGE_THE_START = ("pissa", "olora")
 EXPERTS_SINCE = (0, 19, 1)
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")
 
-# Written by PEFT with a value that is not "empty" and that means nothing for a plain LoRA.
+# Written by PEFT with a value that is not "empty" and that means nothing for a plain LoRA. `ensure_weight_tying` is how
+# both sides of a tie came to be equal; the file holds both.
 _WITHOUT_EFFECT = frozenset(
-    {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "qalora_group_size"}
+    {
+        *("auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_type", "peft_version"),
+        "qalora_group_size",
+    }
 )
 _UNKNOWN_TO_OLDER_READERS = ("lora_bias", "exclude_modules", "trainable_token_indices", "target_parameters", "use_dora")
 

@@ -14,6 +14,7 @@ from lora_core.config import MAX_CONFIG_BYTES, LoraConfig
 from lora_core.errors import BadAdapter, BadConfig, KeyMismatch, NonFinite, ShapeMismatch
 from lora_core.floats import Array, widen
 from lora_core.header import ADAPTER_HEADER_BYTES, Header, TensorInfo, read_header
+from lora_core.keymap import OUTPUT_LAYERS
 from lora_core.peft_config import AdapterConfig
 from lora_core.shards import ByteReader
 from lora_core.targets import ends, matches, saved_module, saving
@@ -102,7 +103,7 @@ def inspect_adapter(directory: Path) -> AdapterForm:
     for module in modules:
         if new_rows := module.roles.get("new_rows"):
             token_indices(module.path, new_rows, wide)
-    config = _as_names(config, modules)
+    config = _as_names(config, modules, wide)
     named = [name for name, module in adapted.items() if not targeted_parameters(module.path, wide)]
     _check_targets(config, named, wide)
     for tensor in header.tensors:
@@ -151,15 +152,22 @@ def _check_kept(config: AdaLoraConfig, factors: Mapping[str, ModuleFactors]) -> 
             raise ShapeMismatch(f"{path} has rank {found.lora_A.shape[0]}; rank_pattern and init_r leave it {r}")
 
 
-def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule]) -> LoraConfig:
-    """`config` with `modules_to_save` in names that mean, dot by dot, what PEFT took them for."""
+def _as_names(config: LoraConfig, modules: Iterable[AdaptedModule], wide: AdapterConfig) -> LoraConfig:
+    """`config` with `modules_to_save` in names that mean, dot by dot, what PEFT took them for; and with the output
+    layer named where PEFT adapted it because it is tied."""
     saved: set[str] = set()
+    tied: set[str] = set()
     for module in modules:
+        is_tied = wide.ensure_weight_tying and module.path.rpartition(".")[2] in OUTPUT_LAYERS
+        if is_tied and module.roles.keys() - {"new_rows"}:
+            tied.add(module.path)
         for name in module.saved:
             if (name == "bias" and config.bias == "all") or saving(module.path, config.saved_names()):
                 continue
-            if parent := saved_module(module.path, config.modules_to_save):
+            if parent := saved_module(module.path, config.modules_to_save) or (module.path if is_tied else None):
                 saved.add(parent)
+    if tied and not isinstance(config.target_modules, str):
+        config = replace(config, target_modules=(*config.target_modules, *tied))
     return replace(config, modules_to_save=(*config.modules_to_save, *saved)) if saved else config
 
 

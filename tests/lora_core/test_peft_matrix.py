@@ -309,6 +309,19 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_is_as_it_was(tmp_path
     assert torch.equal(kind.say(model), kind.say(kind.build()))
 
 
+@pytest.mark.parametrize("name", ["tied_embedding", "tied_both_ends", "tied_saved_ends", "tied_tokens"])
+def test_ties_that_peft_ensured_are_read(tmp_path, name):
+    kind = KINDS[name]
+    config = kind.peft_config()
+    config.ensure_weight_tying = True
+    theirs = peft.get_peft_model(kind.build(), config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = kind.build()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(kind.say(model), kind.say(theirs), atol=2e-5, rtol=1e-5)
+
+
 def test_a_regular_expression_of_targets_is_loaded_as_the_modules_that_it_matched(tmp_path):
     kind = Kind("llama", {"target_modules": r".*layers\.1\..*(q|o)_proj"})
     theirs = by_peft(kind)
