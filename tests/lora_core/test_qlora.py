@@ -21,6 +21,7 @@ from lora_core.errors import BadConfig
 from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.layers import LoraLinear
+from lora_core.live import LiveModel
 from lora_core.merge import merge
 from lora_core.mode import training
 from lora_core.model import load_base
@@ -242,6 +243,28 @@ def test_a_variant_on_four_bits_is_the_variant_on_the_unpacked_weights(base, con
         with torch.no_grad():
             said.append(model(TOKENS).logits)
     torch.testing.assert_close(said[0], said[1], atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_is_merged_in_memory_into_what_four_bits_leave_and_taken_out_again(base, tmp_path):
+    model, _ = load_base(base)
+    quantise_base(model)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+    inject(model, LORA, seed=0)
+    for parameter in trained_parameters(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, LORA, tmp_path)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    eject(model)
+    live = LiveModel(model)
+    live.load("a", tmp_path)
+    assert live.merge("a") == []
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+        live.use(None)
+        assert torch.equal(model(TOKENS).logits, before)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, NF4Weight)
 
 
 def test_a_run_on_four_bits_is_not_mistaken_for_one_on_the_base(base):
