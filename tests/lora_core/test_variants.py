@@ -28,6 +28,7 @@ from lora_core.portable import to_plain_lora
 from lora_core.state import TrainState, load_checkpoint, save_checkpoint
 from lora_core.task import CausalLM
 from lora_core.train import TrainConfig, train
+from lora_core.vllm import check_vllm
 from tests.lora_core.kinds import Kind
 from tests.lora_core.recipes import TOKENS, logits_of
 
@@ -230,6 +231,15 @@ def test_adalora_becomes_a_plain_lora(trained, llama, tmp_path):
     ranks = {tensor.shape[0] for name, tensor in load_file(tmp_path / "plain" / WEIGHTS_FILE).items() if "_A" in name}
     assert 0 not in ranks
     torch.testing.assert_close(peft_says(llama, tmp_path / "plain"), say(model), atol=3e-5, rtol=1e-5)
+
+
+def test_vllm_would_serve_what_is_a_plain_lora(trained, tmp_path):
+    _, directory, config, _ = trained
+    if isinstance(config, AdaLoraConfig):
+        assert check_vllm(directory)
+        to_plain_lora(directory, tmp_path / "plain")
+        directory = tmp_path / "plain"
+    assert bool(check_vllm(directory)) is config.use_dora
 
 
 def test_a_peft_adalora_is_loaded(llama, tmp_path):
