@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from functools import partial
@@ -22,9 +22,10 @@ from lora_core.peft_config import AdapterConfig
 from lora_core.plan import from_nf4, make_recipe
 from lora_core.recipe import Recipe
 from lora_core.shared import Shared
+from lora_core.shared_reads import SharedReads
 from lora_core.sources import ByteSource, read_all, read_header
 from registry.errors import ArtifactCorrupt, MergePreparing, MergesBusy, NotMergeable
-from registry.jobs.inputs import StoredFile, VersionInput
+from registry.jobs.inputs import BaseInput, StoredFile, VersionInput
 from registry.jobs.spec import MergeOptions
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_chunks
@@ -34,8 +35,11 @@ from registry.storage.source import StoredFiles
 _FORMAT = 1
 _MAX_DOCUMENT_BYTES = 64 * 2**20
 THREADS = 2
-CHECKPOINTS_HELD = 4
+CHECKPOINTS_HELD = 8
+BASES_HELD = 4
 BLOCKS_HELD_BYTES = 64 * 2**20
+SPANS_HELD_BYTES = 64 * 2**20
+BASE_HELD_BYTES = 32 * 2**20
 MAX_READERS = 32
 PATIENCE_SECONDS = 5.0
 
@@ -50,7 +54,9 @@ def etag(version: VersionInput, options: MergeOptions, path: str) -> str:
 
 class VirtualMerges:
     """The merged checkpoints of one process. However many read them, `THREADS` threads compute, `BLOCKS_HELD_BYTES`
-    of blocks are kept, and a block that several want is computed once."""
+    of blocks, `SPANS_HELD_BYTES` of what came from the store and `BASE_HELD_BYTES` of what several checkpoints of one
+    base need are kept; a block that several want is computed once, and what they read of their base at about the same
+    time is read once."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -59,6 +65,9 @@ class VirtualMerges:
         self._checkpoints: OrderedDict[Hashable, Future[MergedCheckpoint]] = OrderedDict()
         self._lock = threading.Lock()
         self._verified: Shared[bool] = Shared(100_000)
+        self._bases: Shared[SharedReads] = Shared(BASES_HELD)
+        self._base_parts: Shared[Array] = Shared(BASE_HELD_BYTES, lambda part: part.size)
+        self._spans: Shared[bytes] = Shared(SPANS_HELD_BYTES, len)
         self._blocks: Shared[Array] = Shared(BLOCKS_HELD_BYTES, lambda block: block.size)
         self._readers = threading.BoundedSemaphore(MAX_READERS)
 
@@ -75,10 +84,10 @@ class VirtualMerges:
         except LoraError as error:
             raise NotMergeable(f"This version cannot be merged: {error.message}.", reason=error.code) from error
 
-    def submit(self, part: Part) -> "Future[bytes]":
+    def submit(self, part: Part) -> "Future[memoryview]":
         """Have a part of a checkpoint computed. Parts are taken in the order of their coming: readers that ask for
         few at a time share the threads evenly."""
-        return self._computing.submit(lambda: part().tobytes())
+        return self._computing.submit(lambda: part().data)
 
     def enter(self) -> None:
         """Take one of the places for readers, until `leave`; MergesBusy when there is none."""
@@ -106,12 +115,18 @@ class VirtualMerges:
     def _open(self, version: VersionInput, options: MergeOptions, key: Hashable) -> MergedCheckpoint:
         for file in (*version.base.files, *version.files):
             self._verified.get(file.key, partial(self._verify, file))
-        base = StoredFiles(self._store, {file.path: file for file in version.base.files})
-        adapter = StoredFiles(self._store, {file.path: file for file in version.files})
+        base = self._bases.get(version.base, partial(self._shared_base, version.base)).reader()
+        adapter = self._source(version.files)
         recipe = Recipe.from_json(version.recipe.encode()) if version.recipe else plan(base, adapter)
         if options.start == "nf4":
             recipe = from_nf4(recipe, read_index(base).tensors(), read_config(base))
         return _SharedCheckpoint(base, adapter, recipe, options, blocks=self._blocks, key=key)
+
+    def _shared_base(self, base: BaseInput) -> SharedReads:
+        return SharedReads(self._source(base.files), self._base_parts, base.digest)
+
+    def _source(self, files: Iterable[StoredFile]) -> ByteSource:
+        return StoredFiles(self._store, {file.path: file for file in files}, self._spans)
 
     def _verify(self, file: StoredFile) -> bool:
         if digest_chunks(self._store.open(file.key)) != (file.sha256, file.size):

@@ -139,8 +139,8 @@ class ComputedResponse(StreamingResponse):
             self._merges.leave()
 
 
-async def _computed(merges: VirtualMerges, parts: Iterator[Part]) -> AsyncIterator[bytes]:
-    waiting: deque[asyncio.Future[bytes]] = deque()
+async def _computed(merges: VirtualMerges, parts: Iterator[Part]) -> AsyncIterator[memoryview]:
+    waiting: deque[asyncio.Future[memoryview]] = deque()
     try:
         for part in parts:
             waiting.append(asyncio.wrap_future(merges.submit(part)))

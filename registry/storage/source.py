@@ -14,8 +14,8 @@ from registry.errors import StorageUnavailable
 from registry.storage.base import ObjectStore
 from registry.storage.local import LocalStore
 
+SPANS_HELD_BYTES = 2**25
 _SPAN_BYTES = 2**22
-_SPANS_HELD_BYTES = 2**25
 
 
 class Stored(Protocol):
@@ -28,12 +28,13 @@ class Stored(Protocol):
 
 
 class StoredFiles:
-    """lora_core's ByteSource over a store. Local objects are read in place, others in spans that readers share."""
+    """lora_core's ByteSource over a store. Local objects are read in place, others in spans that readers share: those
+    of this source, or all that are given the same `spans`."""
 
-    def __init__(self, store: ObjectStore, files: Mapping[str, Stored]) -> None:
+    def __init__(self, store: ObjectStore, files: Mapping[str, Stored], spans: Shared[bytes] | None = None) -> None:
         self._store, self._files = store, files
         self._readers: Shared[ByteReader] = Shared(len(files))
-        self._spans: Shared[bytes] = Shared(_SPANS_HELD_BYTES, len)
+        self._spans = spans or Shared(SPANS_HELD_BYTES, len)
 
     def size(self, path: str) -> int | None:
         return self._files[path].size if path in self._files else None

@@ -5,6 +5,7 @@ import random
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 from lora_core.merge import merge
 from lora_core.plan import plan_merge
 from registry import merged as service
-from registry.base_models import create_base_model
+from registry.base_models import base_files, create_base_model, get_base_model
 from registry.db import SessionFactory, transaction
 from registry.errors import ArtifactCorrupt
 from registry.files import create_file
@@ -27,6 +28,7 @@ from registry.jobs.publish import publish_merge, publish_version
 from registry.models import Version
 from tests.api.conftest import bearer, refused
 from tests.lora_core.adapters import make_peft_adapter
+from tests.registry.storage.counting import CountingStore
 from tests.tiny import make_base
 
 URL = "/v1/adapters/bot/versions/1/merged"
@@ -97,7 +99,7 @@ def publish_real(
                 job_id=job.id,
                 fence=job.fence or 0,
                 files=files,
-                manifest={"files": [], "spec": job.spec},
+                manifest={"files": sorted(map(str, files.values())), "spec": job.spec},
                 metrics=None,
                 trained_tokens=10,
                 merge_recipe=text if recipe else None,
@@ -264,6 +266,33 @@ def test_many_readers_share_the_blocks(
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(read, range(24)))
     assert len(computed) < 24 * 2  # whoever came second found most of them
+
+
+def test_four_adapters_downloaded_at_once_do_not_read_their_base_four_times(
+    app: FastAPI, server: str, key: str, publish_real: Callable[..., None], sessions: SessionFactory
+) -> None:
+    def other(number: int) -> Callable[[bytes], bytes]:  # the last number of the last tensor is another
+        return lambda data: data if data.startswith(b"{") else data[:-2] + bytes([number]) + data[-1:]
+
+    for number in range(4):
+        publish_real(recipe=True, damage=other(number))
+    store = CountingStore(app.state.depot.store)
+    app.state.depot = replace(app.state.depot, merged=service.VirtualMerges(store))
+    with transaction(sessions) as session:
+        files = base_files(session, get_base_model(session, REAL).id)
+        sizes = {file.blob.key: file.blob.size for file in files if file.path.endswith(".safetensors")}
+    urls = [f"{server}/v1/adapters/bot/versions/{number}/merged" for number in range(1, 5)]
+
+    def read(url: str) -> str:
+        files = httpx.get(url, headers=bearer(key)).json()["files"]
+        names = [file["path"] for file in files if file["path"].endswith(".safetensors")]
+        contents = [httpx.get(f"{url}/{name}", params={"dtype": "float32"}, headers=bearer(key)) for name in names]
+        return hashlib.sha256(b"".join(content.raise_for_status().content for content in contents)).hexdigest()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(read, urls))) == 4
+    # once to compare it with its digest, once to compute
+    assert {name: store.sent[name] for name in sizes} == {name: 2 * size for name, size in sizes.items()}
 
 
 def test_places_are_limited_and_given_back(client: TestClient, version: None, app: FastAPI) -> None:
