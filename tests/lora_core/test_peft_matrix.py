@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_core.adapter import has_learned, load_adapter, save_adapter
+from lora_core.adapter import adapter_tensors, has_learned, load_adapter, save_adapter
 from lora_core.data import Example
 from lora_core.errors import BadAdapter, BadConfig, KeyMismatch, ShapeMismatch, UnknownTargetModules
 from lora_core.gate import WEIGHTS_FILE, check_adapter
@@ -111,6 +111,30 @@ def test_as_much_is_trained_as_in_peft_and_all_of_it_gets_a_gradient(kind):
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
     sizes = sorted(parameter.numel() for parameter in trained.values())
     assert sizes == sorted(parameter.numel() for parameter in trained_parameters(by_peft(kind)).values())
+
+
+def gradients(kind: Kind, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.enable_grad():
+        Kind.say.__wrapped__(kind, model).square().mean().backward()
+    return {name: tensor.grad for name, tensor in tensors.items()}
+
+
+def name_in_file(parameter: str) -> str:
+    short = parameter.replace(".modules_to_save.default.", ".").replace(".default", "")
+    return short.replace("magnitude_vector.weight", "magnitude_vector")
+
+
+@every_kind
+def test_gradients_are_those_of_peft(tmp_path, kind):
+    save_adapter(by_us(kind), kind.config(), tmp_path)
+    ours, theirs = kind.build(), peft.PeftModel.from_pretrained(kind.build(), tmp_path, is_trainable=True).eval()
+    load_adapter(ours, tmp_path)
+    trained = {name_in_file(name): value for name, value in trained_parameters(theirs).items()}
+    expected = gradients(kind, theirs, trained)
+    found = gradients(kind, ours, adapter_tensors(ours))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @every_kind
