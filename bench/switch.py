@@ -23,10 +23,10 @@ Action = Callable[[], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24, help="24 layers are 0.39 billion parameters")
+    parser.add_argument("--layers", type=int, default=16, help="24 layers are 0.39 billion parameters")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--merge-rounds", type=int, default=2, help="PEFT takes seconds to merge")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--merge-rounds", type=int, default=1, help="PEFT takes many seconds to merge")
     parser.add_argument("--rows", type=int, default=8, help="of the mixed batch")
     parser.add_argument("--why", default="", help="sentences for the note: why a target is missed")
     options = parser.parse_args()
@@ -107,7 +107,7 @@ def in_memory(model: Any, theirs: Any, adapters: list[Path], options: argparse.N
     wrapped.unmerge_adapter()
     live.use(None)
     live.free_buffers()
-    for tokens, what in ((64, "64 tokens a row"), (1, "one token a row")):
+    for tokens, what in ((32, "32 tokens a row"), (1, "one token a row")):
         rows.append(mixed(live, wrapped, what, tokens, options))
     return rows
 
