@@ -31,5 +31,7 @@ RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$
  && mkdir -p /var/lib/depot && chown depot /var/lib/depot
 USER depot
 ENV DEPOT_WORK_DIR=/var/lib/depot/work DEPOT_CACHE_DIR=/var/lib/depot/cache
+# A file that the worker renews while all its slots go on; outages elsewhere do not make it sick.
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=2 CMD ["python", "-m", "worker.health"]
 CMD ["celery", "-A", "worker.app", "worker", "-P", "threads", "-c", "2", \
      "--without-gossip", "--without-mingle", "--without-heartbeat"]

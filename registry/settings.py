@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     public_url: str = Field(default="http://127.0.0.1:8321", description="The API's address as clients reach it")
     work_dir: Path = Field(default=Path("work"), description="Scratch space of a worker, one folder per attempt")
     cache_dir: Path = Field(default=Path("cache"), description="Verified base models, kept between jobs")
+    cache_bytes: int = Field(
+        default=0, ge=0, description="Base models that no job uses are removed beyond this size, oldest first; 0: never"
+    )
     queues: str = Field(default="default", description="Comma-separated queues this worker serves")
     slots: int = Field(default=1, ge=1, le=64, description="Jobs that one worker runs at a time")
     warm_bytes: int = Field(

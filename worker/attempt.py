@@ -4,6 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from enum import StrEnum
 
 from registry.errors import CancelRequested, FenceLost
@@ -43,9 +44,18 @@ class Attempt:
         self._listeners: list[Callable[[Stop], None]] = []
         self._trusted_until = 0.0
         self._renewed = time.monotonic()
+        self._held = ExitStack()
 
     def __str__(self) -> str:
         return f"job {self.job_id} (fence {self.fence})"
+
+    def hold(self, resource: AbstractContextManager[None]) -> None:
+        """Enter it now and leave it when the attempt is over."""
+        self._held.enter_context(resource)
+
+    def close(self) -> None:
+        """The attempt is over: let go of what it held."""
+        self._held.close()
 
     def stop(self, reason: Stop) -> None:
         """Ask the attempt to end. A child is told at once; code of this process sees it at its next `check`."""

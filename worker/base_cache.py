@@ -3,6 +3,8 @@
 import fcntl
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,19 @@ Stamp = list[int]  # size, modification time in ns
 class BaseCache:
     """`<root>/<digest>/…`. Workers of one machine share it; a file lock per base keeps them out of each other's way."""
 
-    def __init__(self, root: Path, store: ObjectStore) -> None:
+    def __init__(self, root: Path, store: ObjectStore, *, max_bytes: int = 0) -> None:
         self._root = root
         self._store = store
+        self._max_bytes = max_bytes
+
+    @contextmanager
+    def using(self, digest: str) -> Iterator[None]:
+        """Meanwhile nobody evicts this base. At the end others make room, if there is too much."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (self._root / f"{digest}.use").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+        self._evict()
 
     def ensure(self, digest: str, files: Sequence[StoredFile], check: Callable[[], None]) -> Path:
         """A folder that holds exactly these bytes. `check` is called between files and may raise to give up."""
@@ -37,12 +49,35 @@ class BaseCache:
                 self._verify_or_fetch(file, path)
                 known[file.path] = _stamp(path)
                 self._stamps_path(digest).write_text(json.dumps(known))
+            os.utime(folder)  # used now
         return folder
 
     def doubt(self, digest: str) -> None:
         """Have every file of this base read and compared again before its next use."""
         with self._locked(digest):
             self._stamps_path(digest).unlink(missing_ok=True)
+
+    def _evict(self) -> None:
+        """Remove what nobody uses, the one used longest ago first, until the rest is not too much."""
+        if not self._max_bytes:
+            return
+        bases = sorted((path for path in self._root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in bases}
+        for path in bases:
+            if sum(sizes.values()) <= self._max_bytes:
+                return
+            if self._remove_unused(path):
+                log.info("base %s is removed from the cache: %d bytes", path.name, sizes.pop(path))
+
+    def _remove_unused(self, folder: Path) -> bool:
+        with (self._root / f"{folder.name}.use").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            self._stamps_path(folder.name).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        return True
 
     def _verify_or_fetch(self, file: StoredFile, path: Path) -> None:
         if path.is_file():

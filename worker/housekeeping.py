@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class Chore:
-    """A call repeated for ever in its own thread. It outlives every error, and no other chore waits for it."""
+    """A call repeated for ever in its own thread. It outlives every error, and no other chore waits for it. One that
+    answers False had nothing to do, which does not say that an outage is over."""
 
     def __init__(self, name: str, call: Callable[[], object], *, seconds: float, longest_seconds: float) -> None:
         self._call = call
@@ -40,18 +41,19 @@ class Chore:
         pause = 0.0
         while not self._stopped.wait(pause):
             try:
-                self._call()
+                did = self._call()
             except Exception as error:
                 pause = self._outage.failed(error)
             else:
-                self._outage.worked()
                 pause = self._seconds
+                if did is not False:
+                    self._outage.worked()
 
 
 def make_relay(sessions: SessionFactory, send: Callable[[str, uuid.UUID], None], *, seconds: float) -> Chore:
     """Sends the wake-ups of the outbox. Redis may be away for as long as it likes."""
 
-    def run() -> None:
+    def run() -> bool:
         errors: list[Exception] = []
 
         def remember(queue: str, job_id: uuid.UUID) -> None:
@@ -61,9 +63,10 @@ def make_relay(sessions: SessionFactory, send: Callable[[str, uuid.UUID], None],
                 errors.append(error)
                 raise
 
-        outbox.relay(sessions, remember)  # which keeps the wake-up for later and goes on
+        sent = outbox.relay(sessions, remember)  # which keeps the wake-up for later and goes on
         if errors:
             raise Unavailable(f"Redis takes no wake-ups; jobs start by polling. {errors[-1]}") from errors[-1]
+        return sent > 0
 
     return Chore("relay", run, seconds=seconds, longest_seconds=60.0)
 

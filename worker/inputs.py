@@ -45,7 +45,8 @@ def fetch_file(host: Host, attempt: Attempt, file: StoredFile, path: Path) -> Pa
 
 
 def fetch_base(host: Host, attempt: Attempt, base: BaseInput) -> Path:
-    """The folder of the base model in this machine's cache."""
+    """The folder of the base model in this machine's cache, where it stays until the attempt is over."""
+    attempt.hold(host.cache.using(base.digest))
 
     def call() -> Path:
         return host.cache.ensure(base.digest, base.files, attempt.check)

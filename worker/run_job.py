@@ -41,6 +41,7 @@ def run_job(host: Host, attempt: Attempt, job: Job) -> None:
         log.info("%s: succeeded", attempt)
     finally:
         heart.stop()
+        attempt.close()
 
 
 def _work(host: Host, attempt: Attempt, heart: Heart, job: Job) -> None:

@@ -43,6 +43,10 @@ class Runner:
             self._hints += 1
             self._changed.notify_all()
 
+    def is_whole(self) -> bool:
+        """Whether all slots go on."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def drain(self) -> None:
         """Claim nothing more and give running jobs back. Returns at once; may be called from a signal handler."""
         # A signal handler may interrupt a thread that holds the lock, so another thread does the work.

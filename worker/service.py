@@ -14,6 +14,7 @@ from registry.settings import Settings
 from registry.storage import ObjectStore
 from registry.storage.open import make_store
 from worker.base_cache import BaseCache
+from worker.health import PULSE_SECONDS, pulse
 from worker.host import Host
 from worker.housekeeping import (
     Chore,
@@ -76,7 +77,7 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
         beats=make_sessions(make_engine(settings.database_url, pool_size=settings.slots)),
         store=store,
         work=WorkDir(settings.work_dir, name.replace(":", "-")),
-        cache=BaseCache(settings.cache_dir.resolve() / "base", store),
+        cache=BaseCache(settings.cache_dir.resolve() / "base", store, max_bytes=settings.cache_bytes),
         warm=WarmPool(slots=settings.slots, max_bytes=settings.warm_bytes, idle_seconds=settings.warm_seconds),
         lease_seconds=settings.lease_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
@@ -115,7 +116,11 @@ def make_service(settings: Settings, queues: Sequence[str]) -> Service:
         make_evictor(host.warm, seconds=EVICT_SECONDS),
         make_presence(sessions, name=name, queues=queues, slots=settings.slots, seconds=settings.reaper_seconds),
     )
-    return Service(host, Runner(host, queues=queues, slots=settings.slots, poll_seconds=settings.poll_seconds), chores)
+    runner = Runner(host, queues=queues, slots=settings.slots, poll_seconds=settings.poll_seconds)
+    beat = Chore(
+        "pulse", pulse(host.work.pulse_path, runner.is_whole), seconds=PULSE_SECONDS, longest_seconds=PULSE_SECONDS
+    )
+    return Service(host, runner, (*chores, beat))
 
 
 def open_store(settings: Settings) -> ObjectStore:

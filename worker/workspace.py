@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from registry.failpoints import hit
+from worker.health import SUFFIX as PULSE_SUFFIX
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class WorkDir:
         self._lock_path = self._root / f"{name}.lock"
         self._lock = _hold(self._lock_path)
         self.path = self._root / name
+        self.pulse_path = self._root / f"{name}{PULSE_SUFFIX}"
         self.path.mkdir(mode=0o700)
 
     def remove_leftovers(self) -> int:
@@ -56,6 +58,7 @@ class WorkDir:
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self.pulse_path.unlink(missing_ok=True)
         self._lock_path.unlink(missing_ok=True)
         self._lock.close()
 
@@ -83,6 +86,7 @@ def _remove_if_dead(lock_path: Path) -> bool:
         if not _is_at(file, lock_path):
             return False
         shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
+        lock_path.with_suffix(PULSE_SUFFIX).unlink(missing_ok=True)
         lock_path.unlink()
         return True
 

@@ -95,7 +95,8 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
 
 
 def _lock_next_line(session: Session, queues: Sequence[str], passed_over: Sequence[Line], *, wait: bool) -> Line | None:
-    """The line whose first job is the most urgent; among equals, that of the tenant that runs the fewest.
+    """The line whose first job is the most urgent, as far as its tenant's floor lets it; among equals, that of the
+    tenant that runs the fewest.
 
     Its tenant is locked, so that nobody else claims for it; a tenant that is locked already is waited for or, in the
     same look, left to others: a crowd of claimers spreads instead of trying every tenant in turn.
@@ -110,7 +111,8 @@ def _lock_next_line(session: Session, queues: Sequence[str], passed_over: Sequen
     if passed_over:
         lines = lines.where(tuple_(Tenant.id, queue).not_in([(line.tenant_id, line.queue) for line in passed_over]))
     running = func.coalesce(owned.c.jobs, 0)
-    lines = lines.order_by(first.c.priority, running, first.c.run_after).limit(1)
+    urgency = func.greatest(first.c.priority, Tenant.priority_floor)  # nobody overtakes others by saying so
+    lines = lines.order_by(urgency, running, first.c.run_after).limit(1)
     row = session.execute(lines.with_for_update(of=Tenant, key_share=True, skip_locked=not wait)).one_or_none()
     return None if row is None else Line(*row)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import case, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.jobs.clock import read_clock
@@ -65,8 +65,14 @@ def explain_waiting(session: Session, job: Job, *, lately_seconds: float) -> Wai
 def _position(session: Session, job: Job, now: datetime) -> int:
     ahead = select(func.count()).select_from(Job)
     ahead = ahead.where(IS_QUEUED, Job.paused_at.is_(None), Job.queue == job.queue, Job.run_after <= now)
-    place = tuple_(Job.priority, Job.run_after, Job.id)
-    return 1 + session.scalars(ahead.where(place < tuple_(job.priority, job.run_after, job.id))).one()
+    floor = session.scalars(select(Tenant.priority_floor).where(Tenant.id == job.tenant_id)).one()
+    own = tuple_(Job.priority, Job.run_after, Job.id) < tuple_(job.priority, job.run_after, job.id)
+    urgency = tuple_(func.greatest(Job.priority, Tenant.priority_floor), Job.run_after, Job.id)
+    others = urgency < tuple_(max(job.priority, floor), job.run_after, job.id)
+    ahead = ahead.join(Tenant, Tenant.id == Job.tenant_id).where(
+        case((Job.tenant_id == job.tenant_id, own), else_=others)
+    )
+    return 1 + session.scalars(ahead).one()
 
 
 def _crew(session: Session, queue: str, *, seen_after: datetime) -> _Crew:

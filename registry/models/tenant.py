@@ -2,7 +2,7 @@
 
 import uuid
 
-from sqlalchemy import CheckConstraint, ForeignKey, text
+from sqlalchemy import CheckConstraint, ForeignKey, SmallInteger, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from registry.db import Base
@@ -17,6 +17,11 @@ class Tenant(Base):
     name: Mapped[str] = mapped_column(unique=True)
     max_queued: Mapped[int] = mapped_column(server_default=text("1000"))
     max_running: Mapped[int] = mapped_column(server_default=text("64"))
+    priority_floor: Mapped[int] = mapped_column(
+        SmallInteger,
+        server_default=text("100"),
+        comment="jobs more urgent than this come first among the tenant's own only",
+    )
     created_at: Mapped[Created]
 
 

@@ -52,6 +52,32 @@ def put(store: ObjectStore, tmp_path: Path, name: str) -> StoredFile:
     return StoredFile(name, key, sha256, size)
 
 
+def test_what_nobody_uses_makes_room_the_oldest_first(
+    counting: Counting, files: list[StoredFile], tmp_path: Path
+) -> None:
+    size = sum(file.size for file in files)
+    cache = BaseCache(tmp_path / "cache", counting, max_bytes=2 * size)  # type: ignore[arg-type]  # it only fetches
+    digests = [letter * 64 for letter in "abc"]
+    for age, digest in enumerate(digests):
+        with cache.using(digest):
+            os.utime(cache.ensure(digest, files, nothing), (1000 + age, 1000 + age))
+    assert [(tmp_path / "cache" / digest).exists() for digest in digests] == [False, True, True]
+    counting.fetched.clear()
+    with cache.using(digests[0]):
+        cache.ensure(digests[0], files, nothing)
+    assert counting.fetched == ["config.json", "model.safetensors"]
+
+
+def test_a_base_in_use_is_never_evicted(counting: Counting, files: list[StoredFile], tmp_path: Path) -> None:
+    cache = BaseCache(tmp_path / "cache", counting, max_bytes=1)  # type: ignore[arg-type]  # it only fetches
+    with cache.using(DIGEST):
+        folder = cache.ensure(DIGEST, files, nothing)
+        with cache.using("e" * 64):
+            other = cache.ensure("e" * 64, files, nothing)
+        assert folder.exists() and not other.exists()
+    assert not folder.exists()
+
+
 @pytest.fixture
 def cache(counting: Counting, tmp_path: Path) -> BaseCache:
     return BaseCache(tmp_path / "cache", counting)  # type: ignore[arg-type]  # the cache only fetches

@@ -43,12 +43,30 @@ def test_a_tenant_that_runs_more_comes_later_though_its_job_is_older(sessions: S
 
 
 def test_urgency_outranks_fairness(sessions: SessionFactory) -> None:
-    busy = queue_jobs(sessions, 1)
+    busy = queue_jobs(sessions, 1, priority_floor=0)
     claim_one(sessions)
     queue_jobs(sessions, 1)
     urgent = queue_for(sessions, busy, priority=10)
     job = claim_one(sessions)
     assert job is not None and job.id == urgent.id
+
+
+def test_who_calls_all_its_jobs_urgent_overtakes_nobody(sessions: SessionFactory) -> None:
+    loud, modest = queue_jobs(sessions, 0), queue_jobs(sessions, 2)
+    patient = queue_for(sessions, loud, priority=100)
+    urgent = [queue_for(sessions, loud, priority=0) for _ in range(2)]
+    served = [job for _ in range(5) if (job := claim_one(sessions))]
+    assert sum(job.tenant_id == modest.tenant_id for job in served[:4]) == 2  # turns, as if it had said nothing
+    own = [job.id for job in served if job.tenant_id == loud.tenant_id]
+    assert own == [urgent[0].id, urgent[1].id, patient.id]  # among its own they come first
+
+
+def test_who_can_wait_lets_others_pass(sessions: SessionFactory) -> None:
+    humble, other = queue_jobs(sessions, 0), queue_jobs(sessions, 0)
+    queue_for(sessions, humble, priority=150)
+    later = queue_for(sessions, other)
+    job = claim_one(sessions)
+    assert job is not None and job.id == later.id
 
 
 def test_a_worker_takes_from_every_queue_it_serves_and_from_no_other(sessions: SessionFactory) -> None:

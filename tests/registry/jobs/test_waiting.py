@@ -86,6 +86,8 @@ def test_the_position_counts_what_may_run_before(session: Session, adapter: Adap
     make_job(session, adapter)
     assert explain(session, job).position == 2
     make_job(session, other, priority=1)
+    assert explain(session, job).position == 2  # others overtake nobody by calling theirs urgent
+    make_job(session, adapter, priority=1)
     assert explain(session, job).position == 3
 
 
