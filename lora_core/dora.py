@@ -59,7 +59,7 @@ class DoraFunction(torch.autograd.Function):
         dx = dA = dB = dm = None
         dv = torch.mul(dy, magnitude / norm, out=torch.empty_like(dy))
         if want_magnitude:
-            dm = (dy.to(norm.dtype) * v).sum(0) / norm
+            dm = (dy.to(norm.dtype) * v.to(norm.dtype)).sum(0) / norm
         if want_B:
             dB = (dv.T @ h).mul_(ctx.scaling).to(lora_B.dtype)
         if want_x or want_A:

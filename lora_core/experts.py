@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -13,8 +14,8 @@ from torch.nn import functional as F
 from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig
 from lora_core.layer import AdapterLayer, start_generator
-from lora_core.layers import LoraFunction
-from lora_core.targets import matches, saving
+from lora_core.layers import LoraFunction, LoraLinear
+from lora_core.targets import lookup, matches, saving
 
 
 class LoraExperts(AdapterLayer):
@@ -173,9 +174,26 @@ def targeted(module: nn.Module, path: str, target_parameters: Sequence[str]) -> 
     return [name for name in own if any(matches(f"{path}.{name}", target) for target in target_parameters)]
 
 
-def expert_targets(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
-    """Paths of the modules that hold the `target_parameters`. BadConfig if one of these is nowhere, or is no
-    parameter of experts."""
+def parameter_layers(modules: Mapping[str, nn.Module], config: LoraConfig, seed: int | None) -> dict[str, AdapterLayer]:
+    """Path → the layer that adapts the `target_parameters` there: those of experts, and weights of linear layers."""
+    return {
+        path: LoraLinear.from_config(modules[path], path, _of_weight(config, path), seed)
+        if isinstance(modules[path], nn.Linear)
+        else LoraExperts.from_config(modules[path], path, config, seed)
+        for path in _parameter_targets(modules, config)
+    }
+
+
+def _of_weight(config: LoraConfig, path: str) -> LoraConfig:
+    """`config` where patterns name the parameter, not the module."""
+    name = f"{path}.weight"
+    alpha = lookup(config.alpha_pattern, name, config.lora_alpha)
+    return replace(config, r=config.rank_for(name), lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
+def _parameter_targets(modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """Paths of the modules that hold the `target_parameters`. BadConfig if one of these is nowhere, or cannot be
+    adapted."""
     found = {path: targeted(module, path, config.target_parameters) for path, module in modules.items()}
     found = {path: names for path, names in found.items() if names}
     parameters = [f"{path}.{name}" for path, names in found.items() for name in names]
@@ -186,6 +204,7 @@ def expert_targets(modules: Mapping[str, nn.Module], config: LoraConfig) -> list
         if saving(path, config.saved_names()):
             raise BadConfig(f"{path} has target_parameters and is saved whole by modules_to_save")
         for name in names:
-            if getattr(modules[path], name).ndim != 3:
-                raise BadConfig(f"{path}.{name} holds no matrices of experts; name its module in target_modules")
+            is_weight = isinstance(modules[path], nn.Linear) and name == "weight"
+            if not is_weight and getattr(modules[path], name).ndim != 3:
+                raise BadConfig(f"{path}.{name} is neither of experts nor the weight of a linear layer")
     return sorted(found)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_core.config import CLASSIFIER_HEADS, LoraConfig, match_targets
 from lora_core.embeddings import TiedTokenOutputs, TokenOutputs, TokenRows
 from lora_core.errors import BadConfig, UnknownTargetModules
-from lora_core.experts import LoraExperts, expert_targets
+from lora_core.experts import LoraExperts, parameter_layers
 from lora_core.layer import AdapterLayer, LoraLayer
 from lora_core.layers import LoraConv1D
 from lora_core.query_value import is_fused, query_value_layer
@@ -125,8 +125,10 @@ def _lora_layers(
             layers[path] = query_value_layer(modules[path], path, config, seed, model.config)
         else:
             layers[path] = kind.from_config(modules[path], path, config, seed)
-    for path in expert_targets(modules, config):
-        layers[path] = LoraExperts.from_config(modules[path], path, config, seed)
+    for path, layer in parameter_layers(modules, config, seed).items():
+        if path in layers:
+            raise BadConfig(f"{path} is in target_modules and has a parameter in target_parameters")
+        layers[path] = layer
     if config.fan_in_fan_out and not any(isinstance(layer, LoraConv1D) for layer in layers.values()):
         raise BadConfig("fan_in_fan_out is for Conv1D layers, and no target is one")
     return layers

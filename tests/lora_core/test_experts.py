@@ -101,6 +101,26 @@ def test_we_say_what_peft_says_with_what_it_saved(bases, tmp_path, family, confi
     assert torch.equal(say(again), say(model))
 
 
+def test_a_weight_of_a_linear_layer_can_be_named_as_a_parameter(bases, tmp_path):
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=(),
+        target_parameters=("q_proj.weight", "v_proj.weight"),
+        rank_pattern={"q_proj.weight": 2},
+        alpha_pattern={"layers.1.self_attn.v_proj.weight": 7},
+    )
+    model = adapted(bases["mixtral"], config)
+    randomize(model)
+    save_adapter(model, config, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(load(bases["mixtral"]), tmp_path / "ours")
+    torch.testing.assert_close(say(theirs), say(model), atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load(bases["mixtral"])
+    load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(say(again), say(model), atol=1e-5, rtol=1e-5)
+
+
 @every_family
 def test_gradients_are_those_of_peft(bases, tmp_path, family):
     theirs = by_peft(bases[family], BOTH)
@@ -218,7 +238,8 @@ def test_the_file_says_since_when_its_factors_lie_so(bases, tmp_path):
     ("settings", "reason"),
     [
         ({"target_parameters": ("experts.up_proj",)}, "experts.up_proj, which the base model has not"),
-        ({"target_parameters": ("q_proj.weight",)}, "holds no matrices of experts"),
+        ({"target_parameters": ("q_proj.weight",)}, "in target_modules and"),
+        ({"target_parameters": ("norm.weight",)}, "neither of experts nor"),
         ({"target_parameters": ("gate_up_proj",)}, "name the module"),
         ({"modules_to_save": ("layers.0.mlp",)}, "saved whole"),
         ({"lora_dropout": 0.1}, "lora_dropout"),
