@@ -5,7 +5,7 @@ did. One model is in memory at a time."""
 
 import gc
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ _QUESTIONS = (
 )
 _MAX_TOKENS = 32
 _NUMBERED = 2  # prompts of token ids that no text gives
+PROMPTS = len(_TEXTS) + len(_QUESTIONS) + _NUMBERED
 # float32 arithmetic itself errs by some units in the last place, in another order for W + BA than for Wx + BAx.
 _FLOAT32_UNITS = 8
 _CHUNK = 2**22
@@ -90,54 +91,62 @@ def compare(
     *,
     start: Start = "original",
     scale: float = 1.0,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """The merge in `merged_dirs[start]` against base and adapter, of which the base is taken as it is or in 4 bits.
 
-    With a merge of each start the losses of both are told. A LoraError but for NotFaithful means that base and
+    With a merge of each start the losses of both are told. `on_answer` is called once per prompt and model: four of
+    them, and three more for another start. A LoraError but for NotFaithful means that base and
     adapter cannot be computed with here; a merge that cannot be loaded is NotFaithful.
     """
     losses: dict[str, float] = {}
     for other, directory in merged_dirs.items():
         if other != start:
-            losses |= _losses(base_dir, adapter_dir, directory, start=other, scale=scale)
-    said = _say(base_dir, adapter_dir, start, scale)
+            said = _say(base_dir, adapter_dir, other, scale, on_answer)
+            merged = logits_of(_load_merged(directory)[0], said.prompts, on_answer)
+            losses |= _losses(other, said, merged)
+            del said, merged
+    said = _say(base_dir, adapter_dir, start, scale, on_answer)
     model, tokenizer = _load_merged(merged_dirs[start])
     if canary_prompts(tokenizer) != said.prompts:
         raise NotFaithful("the merged model reads the canary prompts as other tokens")
-    merged = logits_of(model, said.prompts)
+    merged = logits_of(model, said.prompts, on_answer)
     differences = tuple(map(_difference, said.prompts, said.adapter, merged))
     dtype = check_base(merged_dirs[start]).dtype
     converted = dtype != check_base(base_dir).dtype
     _roughen([model] if converted else [model.get_submodule(path) for path in said.changed], dtype)
-    losses |= {"base": said.base_loss, f"adapter_on_{start}": _loss(said.prompts, said.adapter)}
-    losses |= {f"merged_{start}": _loss(said.prompts, merged)}
+    losses |= _losses(start, said, merged) | {"base": said.base_loss}
     return Comparison(
         prompts=differences,
         kl=_median_kl(said.adapter, merged),
-        rounding_kl=_median_kl(merged, logits_of(model, said.prompts)),
+        rounding_kl=_median_kl(merged, logits_of(model, said.prompts, on_answer)),
         effect_kl=said.effect_kl,
         losses=losses,
     )
 
 
-def logits_of(model: Any, prompts: Iterable[Prompt]) -> list[Tensor]:
+def logits_of(model: Any, prompts: Iterable[Prompt], on_answer: Callable[[], None]) -> list[Tensor]:
     """Per prompt, (tokens, vocabulary) float32 on the CPU."""
+    device = model.get_input_embeddings().weight.device
+    answers = []
     with torch.inference_mode():
-        device = model.get_input_embeddings().weight.device
-        rows = (torch.tensor([prompt.ids], device=device) for prompt in prompts)
-        return [model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in rows]
+        for prompt in prompts:
+            ids = torch.tensor([prompt.ids], device=device)
+            answers.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
+            on_answer()
+    return answers
 
 
-def _say(base_dir: Path, adapter_dir: Path, start: Start, scale: float) -> _Said:
+def _say(base_dir: Path, adapter_dir: Path, start: Start, scale: float, on_answer: Callable[[], None]) -> _Said:
     model, tokenizer = load_base(base_dir, "float32")
     prompts = canary_prompts(tokenizer)
     if start == "nf4":
         _leave_four_bits(model, getattr(torch, check_base(base_dir).dtype))
-    base = logits_of(model, prompts)
+    base = logits_of(model, prompts, on_answer)
     load_adapter(model, adapter_dir)
     for layer in adapter_layers(model).values():
         layer.rescale(scale)
-    adapter = logits_of(model.eval(), prompts)
+    adapter = logits_of(model.eval(), prompts, on_answer)
     if not all(rows.isfinite().all() for rows in adapter):
         raise NonFinite("base and adapter answer a canary prompt with NaN or infinity")
     changed = tuple(adapter_layers(model))
@@ -146,17 +155,15 @@ def _say(base_dir: Path, adapter_dir: Path, start: Start, scale: float) -> _Said
     return _Said(prompts, adapter, _median_kl(adapter, base), _loss(prompts, base), changed)
 
 
-def _losses(base_dir: Path, adapter_dir: Path, merged_dir: Path, *, start: Start, scale: float) -> dict[str, float]:
-    """Of another start than the one that is compared."""
-    said = _say(base_dir, adapter_dir, start, scale)
-    model, _ = _load_merged(merged_dir)
-    merged = logits_of(model, said.prompts)
+def _losses(start: Start, said: _Said, merged: list[Tensor]) -> dict[str, float]:
     return {f"adapter_on_{start}": _loss(said.prompts, said.adapter), f"merged_{start}": _loss(said.prompts, merged)}
 
 
 def _load_merged(directory: Path) -> tuple[Any, Any]:
     try:
         return load_base(directory, "float32")
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
     except (LoraError, RuntimeError) as error:
         raise NotFaithful(f"the merged model cannot be loaded: {str(error)[:500]}") from error
 

@@ -2,12 +2,14 @@
 
 import shutil
 import traceback
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from lora_core.base import check_base
-from lora_core.canary import compare
+from lora_core.canary import PROMPTS, compare
 from lora_core.errors import LoraError, NotFaithful
 from lora_core.faithful import why_unfaithful
 from lora_core.merge import merge
@@ -15,7 +17,7 @@ from lora_core.merge_options import Start
 from worker.certificate import Canary, write_canary
 from worker.memory import available_bytes
 from worker.merge_child import dtype_of, read_or_make_recipe
-from worker.protocol import ResultMessage
+from worker.protocol import ResultMessage, StepMessage
 from worker.reporter import Reporter
 from worker.task import OUT, CanaryTask
 
@@ -25,12 +27,18 @@ _BYTES_PER_PARAMETER = 4 * 1.25
 
 def compare_merge(task: CanaryTask, workspace: Path, reporter: Reporter) -> ResultMessage:
     """Write the comparison, or why there is none. NotFaithful if the merge must not be published."""
-    reporter.phase("comparing")
-    write_canary(workspace, _compare(task, workspace))
+    answers = PROMPTS * (4 if task.merge.options.start == "original" else 7)
+    reporter.phase("comparing", total_steps=answers)
+    answered = count(1)
+
+    def tell() -> None:  # also that this process is at work
+        reporter.step(StepMessage(step=next(answered), total_steps=answers))
+
+    write_canary(workspace, _compare(task, workspace, tell))
     return ResultMessage()
 
 
-def _compare(task: CanaryTask, workspace: Path) -> Canary:
+def _compare(task: CanaryTask, workspace: Path, on_answer: Callable[[], None]) -> Canary:
     options = task.merge.options
     try:
         if reason := _lacks_memory(task.merge.base_dir):
@@ -38,7 +46,14 @@ def _compare(task: CanaryTask, workspace: Path) -> Canary:
         merged: dict[Start, Path] = {options.start: workspace / OUT}
         if options.start == "nf4":
             merged["original"] = _merge_original(task, workspace / "original")
-        found = compare(task.merge.base_dir, task.merge.adapter_dir, merged, start=options.start, scale=options.scale)
+        found = compare(
+            task.merge.base_dir,
+            task.merge.adapter_dir,
+            merged,
+            start=options.start,
+            scale=options.scale,
+            on_answer=on_answer,
+        )
     except NotFaithful:
         raise
     except LoraError as error:  # of the base or the adapter, which a merge can do with and torch here cannot

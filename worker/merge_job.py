@@ -13,7 +13,7 @@ from registry.jobs.publish import publish_merge
 from registry.jobs.spec import MergeOptions
 from registry.models import Job
 from worker.attempt import Attempt
-from worker.certificate import Canary, read_canary, read_certificate
+from worker.certificate import Canary, read_canary, read_certificate, write_canary
 from worker.errors import JobFailed
 from worker.heart import Heart
 from worker.host import Host
@@ -42,7 +42,7 @@ def run_merge(host: Host, attempt: Attempt, heart: Heart, job: Job, workspace: P
     task = MergeTask(base_dir=base_dir, adapter_dir=adapter_dir, recipe_file=recipe_file, options=options)
     result = run_task(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
     hit("merge.merged")
-    run_task(host, attempt, CanaryTask(merge=task), workspace, base_digest=inputs.version.base.digest)
+    compare(host, attempt, task, workspace, base_digest=inputs.version.base.digest)
     _publish(host, attempt, heart, inputs, workspace=workspace, result=result)
 
 
@@ -72,6 +72,16 @@ def _publish(
         hit("merge.after_commit")
 
     conclude(attempt, heart, publish)
+
+
+def compare(host: Host, attempt: Attempt, task: MergeTask, workspace: Path, *, base_digest: str) -> None:
+    """Have the merged model compared with what it was made of; a machine that is too small for that says so."""
+    try:
+        run_task(host, attempt, CanaryTask(merge=task), workspace, base_digest=base_digest)
+    except JobFailed as failure:
+        if failure.error_class not in ("oom", "host_oom"):
+            raise
+        write_canary(workspace, Canary(run=False, reason="the machine ran out of memory"))
 
 
 def tell(canary: Canary) -> str:

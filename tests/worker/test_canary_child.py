@@ -18,6 +18,7 @@ from worker import canary_child
 from worker.canary_child import compare_merge
 from worker.certificate import Canary, read_canary, read_certificate
 from worker.merge_child import merge_adapter
+from worker.protocol import StepMessage, parse
 from worker.reporter import Reporter
 from worker.task import OUT, CanaryTask, MergeTask
 
@@ -42,8 +43,14 @@ def reporter() -> Reporter:
 
 
 def compared(task: CanaryTask, workspace: Path) -> Canary:
-    compare_merge(task, workspace, reporter())
-    return read_canary(workspace)
+    reader, writer = os.pipe()
+    compare_merge(task, workspace, Reporter(writer))
+    told = [parse(line) for line in os.read(reader, 2**16).splitlines()]
+    os.close(reader)
+    canary = read_canary(workspace)
+    steps = [message for message in told if isinstance(message, StepMessage)]
+    assert [step.step for step in steps] == list(range(1, steps[0].total_steps + 1) if canary.run else [])
+    return canary
 
 
 def test_a_merge_into_four_bits_states_the_loss_of_both_starts(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from lora_core.faithful import Comparison, PromptDifference
 from lora_core.merge import FileReport, MergeReport, TensorReport
+from registry.jobs.spec import MergeOptions
+from worker import merge_job
 from worker.certificate import (
     CANARY_FILE,
     CERTIFICATE_FILE,
@@ -20,6 +22,7 @@ from worker.certificate import (
 )
 from worker.errors import JobFailed
 from worker.merge_job import merged_files, tell
+from worker.task import MergeTask
 
 TENSOR = TensorReport(
     "lm_head.weight", relative_delta=0.1, rounding_loss=0.01, cosine=0.99, changed_share=1.0, measured_share=1.0
@@ -80,6 +83,19 @@ def test_none_is_told_with_its_reason(tmp_path: Path) -> None:
     assert tell(read_canary(tmp_path)).endswith(
         "was not compared with base and adapter: the model did not fit into memory."
     )
+
+
+@pytest.mark.parametrize("error_class", ["oom", "host_oom"])
+def test_a_machine_too_small_for_the_comparison_publishes_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_class: Any
+) -> None:
+    def run_out_of_memory(*_: object, **__: object) -> None:
+        raise JobFailed(error_class, "out_of_memory", "")
+
+    monkeypatch.setattr(merge_job, "run_task", run_out_of_memory)  # the kernel cannot be asked to kill at will
+    task = MergeTask(base_dir=tmp_path, adapter_dir=tmp_path, options=MergeOptions())
+    merge_job.compare(None, None, task, tmp_path, base_digest="")  # type: ignore[arg-type]  # not looked at
+    assert read_canary(tmp_path).reason == "the machine ran out of memory"
 
 
 def test_a_comparison_of_another_form_is_refused(tmp_path: Path) -> None:
