@@ -70,6 +70,10 @@ def _fences(session: Session) -> Iterator[str]:
     fences: dict[uuid.UUID, list[int]] = defaultdict(list)
     for attempt in session.scalars(select(JobAttempt).order_by(JobAttempt.attempt)):
         fences[attempt.job_id].append(attempt.fence)
+    published = select(Version.job_id, Version.fence, Job.fence).join(Job, Job.id == Version.job_id)
+    for job_id, published_by, last in session.execute(published):
+        if not published_by == last == fences[job_id][-1]:
+            yield f"job {job_id}: published by {published_by}, last owned by {fences[job_id][-1]}"
     everything = [fence for found in fences.values() for fence in found]
     if len(set(everything)) != len(everything):
         yield "two attempts had one fence"

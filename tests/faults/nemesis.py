@@ -53,7 +53,7 @@ class Client(threading.Thread):
         pause = self.nemesis.seconds / len(self.seeds)
         for seed in self.seeds:
             self.nemesis.finished.wait(self.dice.uniform(0.2, 1.0) * pause)
-            self.send(seed, steps=self.dice.randint(5, 60), ms=self.dice.randint(10, 60))
+            self.send(seed, steps=self.dice.randint(20, 150), ms=self.dice.randint(20, 80))
 
     def send(self, seed: int, *, steps: int, ms: int) -> None:
         while True:

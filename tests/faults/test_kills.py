@@ -42,6 +42,7 @@ ENDINGS = ("release.after_commit", "fail.after_commit")
 SUBMIT = ("submit.before_commit", "api.after_commit")
 COLLECTOR = ("gc.condemned", "gc.after_delete")
 MULTIPART = ("s3.part_sent", "s3.before_complete")
+LOST = "another worker owns it now"
 ALL = ON_THE_WAY + MERGE + ENDINGS + SUBMIT + COLLECTOR + MULTIPART
 
 
@@ -104,13 +105,13 @@ def test_an_owner_that_wakes_up_too_late_changes_nothing(site: Site, point: str)
     zombie = site.start_worker(f"{point}=stop@1", DEPOT_SLOTS="1")
     site.wait(lambda: reached(site, point), "the first owner is stopped")
     # One that stopped within a transaction holds the job's row: nobody takes that away from it but Postgres.
-    held = point.endswith("before_commit")
-    if held:
+    if point.endswith("before_commit"):
         site.end_sessions()
-    site.start_worker()
-    site.wait_ended(job)
+    site.start_worker("pub.validated=sleep:3@1", DEPOT_SLOTS="1")
+    site.wait(lambda: reached(site, "pub.validated"), "the second owner is about to publish")
     zombie.signal(signal.SIGCONT)
-    site.wait(lambda: "another worker owns it now" in site.said(), "the first owner noticed")
+    site.wait(lambda: LOST in site.said(), "the first owner noticed")
+    site.wait_ended(job)
     check(site)
     assert site.depot.job(job).attempt == 2
 
