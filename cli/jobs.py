@@ -31,8 +31,14 @@ def submit(
     r: Annotated[int | None, typer.Option("--r", help="Rank. Default: 16.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Scaling is lora_alpha / r. Default: 2 r.")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Default: 0.")] = None,
-    target_modules: Annotated[str | None, typer.Option(help="Such as q_proj,v_proj. Default: all-linear.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Such as q_proj,v_proj, or paper: query and value. Default: all-linear.")
+    ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / √r.")] = False,
+    lora_setting: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="NAME=VALUE", help="Any other field of `lora`: --lora bias=all; repeatable."),
+    ] = None,
     method: Annotated[
         Method, typer.Option(help="dpo learns from rows that prefer one answer to another.")
     ] = "supervised",
@@ -66,7 +72,7 @@ def submit(
         "max_steps": max_steps,
     }
     numbers = _given({"n_epochs": epochs, "batch_size": batch_size, "beta": beta})
-    body: dict[str, Any] = {"model": model, "seed": seed, "lora": _given(lora)}
+    body: dict[str, Any] = {"model": model, "seed": seed, "lora": _settings(lora_setting or []) | _given(lora)}
     body["depot"] = _given({"priority": priority, "queue": queue})
     body["method"] = {"type": method, method: {"hyperparameters": numbers}}
     body["suffix"] = None if adapter else Path(data).stem[:64]
@@ -199,8 +205,22 @@ def _file_id(client: Client, text: str, progress: Progress) -> str:
     return upload(client, Path(text), purpose="fine-tune", progress=progress)["id"]
 
 
+def _settings(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE as fields: the value is JSON where it reads as such, else text."""
+    found = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise CommandError(f"--lora takes NAME=VALUE, such as bias=all, not {item!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def _modules(text: str | None) -> str | list[str] | None:
-    if text is None or text == "all-linear":
+    if text is None or text in {"all-linear", "paper"}:
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 

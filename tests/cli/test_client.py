@@ -160,6 +160,17 @@ def test_a_job_carries_every_setting_that_was_given(run: Run, rows: str) -> None
     assert job_id in run("jobs", "list").output and "q_proj" in run("jobs", "show", job_id).output
 
 
+def test_fields_of_lora_without_an_option_are_given_by_name(run: Run, rows: str) -> None:
+    more = ["--lora", "bias=all", "--lora", 'rank_pattern={"v_proj": 2}', "--lora", "use_dora=true", "--r", "4"]
+    lora = json.loads(run("jobs", "show", submit(run, rows, *more, "--target-modules", "paper"), "--json").output)[
+        "lora"
+    ]
+    assert lora.items() >= {"bias": "all", "rank_pattern": {"v_proj": 2}, "use_dora": True, "r": 4}.items()
+    assert lora["target_modules"] == "paper"
+    said = run("jobs", "submit", "--model", "tiny", "--data", rows, "--lora", "bias", status=1).stderr
+    assert "NAME=VALUE" in said
+
+
 def test_an_uploaded_file_is_not_uploaded_again(depot: Depot, run: Run, rows: str) -> None:
     file_id = run("files", "upload", rows).output.split()[0]
     sent = depot.wire.count(b"POST /v1/files ")
