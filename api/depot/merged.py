@@ -10,8 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 from api.context import Depot, DepotDep, PrincipalDep, SessionDep
 from api.depot.merge_options import MergeOptionsDep
+from api.depot.merge_schemas import RECIPE, MergedFile, MergedObject
 from api.depot.objects_out import digest
-from api.depot.schemas import RECIPE, MergedFile, MergedObject
 from api.downloads import answer_for
 from api.refusals import InvalidRange, InvalidValue, RangeNotSatisfiable
 from api.routing import Permission, Router

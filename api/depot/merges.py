@@ -6,8 +6,8 @@ from fastapi import Response
 
 from api.context import DepotDep, PrincipalDep, SessionDep
 from api.depot.links import REDIRECT, redirect_to
+from api.depot.merge_schemas import MERGE, MergeIn, MergeObject
 from api.depot.objects_out import merge_object
-from api.depot.schemas import MERGE, MergeIn, MergeObject
 from api.refusals import InvalidValue, UnknownField
 from api.routing import Permission, Router
 from registry import errors

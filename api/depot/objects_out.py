@@ -6,12 +6,11 @@ from typing import Protocol
 
 from sqlalchemy.orm import Session
 
+from api.depot.merge_schemas import MergeError, MergeObject
 from api.depot.schemas import (
     AdapterObject,
     BaseModelObject,
     LineageObject,
-    MergeError,
-    MergeObject,
     VersionObject,
 )
 from api.schemas import StoredObject, unix, unix_or_none

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from api.depot import merge_schemas
 from api.depot import schemas as depot_schemas
 from api.documents import describe, example_of
 from api.main import ROUTERS, create_app
@@ -327,7 +328,7 @@ class TestDocument:
         "model",
         [
             m
-            for module in (openai_schemas, depot_schemas)
+            for module in (openai_schemas, depot_schemas, merge_schemas)
             for m in vars(module).values()
             if isinstance(m, type) and "example" in (getattr(m, "model_config", {}).get("json_schema_extra") or {})
         ],
