@@ -23,11 +23,13 @@ from lora_core.errors import BadConfig, KeyMismatch, ShapeMismatch
 from lora_core.fingerprint import take_fingerprint
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from lora_core.inject import eject, inject, lora_layers
+from lora_core.live import LiveModel
 from lora_core.merge import merge
 from lora_core.portable import to_plain_lora
 from lora_core.state import TrainState, load_checkpoint, save_checkpoint
 from lora_core.task import CausalLM
 from lora_core.train import TrainConfig, train
+from lora_core.trainable import trained_parameters
 from lora_core.vllm import check_vllm
 from tests.lora_core.kinds import Kind
 from tests.lora_core.recipes import TOKENS, logits_of
@@ -240,6 +242,29 @@ def test_vllm_would_serve_what_is_a_plain_lora(trained, tmp_path):
         to_plain_lora(directory, tmp_path / "plain")
         directory = tmp_path / "plain"
     assert bool(check_vllm(directory)) is config.use_dora
+
+
+def test_variants_take_turns_and_share_a_batch_on_a_live_base(llama, tmp_path):
+    said: dict[str | None, torch.Tensor] = {None: logits_of(llama)}
+    live = LiveModel(AutoModelForCausalLM.from_pretrained(llama).eval())
+    for name, config in CONFIGS.items():
+        model = adapted(llama, config)
+        for parameter in trained_parameters(model).values():
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        save_adapter(model, config, tmp_path / name)
+        said[name] = say(model)
+        live.load(name, tmp_path / name)
+    for name in CONFIGS:
+        live.use(name)
+        torch.testing.assert_close(say(live.model), said[name], atol=1e-5, rtol=1e-5)
+        assert live.merge(name) == []
+        torch.testing.assert_close(say(live.model), said[name], atol=1e-5, rtol=1e-5)
+    live.use(None)
+    assert torch.equal(say(live.model), said[None])
+    with torch.no_grad(), live.rows([*said]):
+        rows = live.model(TOKENS.repeat(len(said), 1)).logits
+    for row, expected in zip(rows, said.values(), strict=True):
+        torch.testing.assert_close(row, expected[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_peft_adalora_is_loaded(llama, tmp_path):
