@@ -19,6 +19,7 @@ FLOATS = frozenset({*_NATIVE, "BF16"})
 # What holds the bits of a number, and those of infinity; NaN lies above.
 _BITS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 _INFINITY = {"F64": 0x7FF << 52, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
+_FEW = 64
 
 
 def widen(raw: Array, dtype: str) -> Array:
@@ -49,11 +50,10 @@ class Sums:
 
 
 def compare(before: Array, exact: Array, after: Array) -> Sums:
-    """The sums of float64 arrays: W, W + Δ, and what that was rounded to."""
+    """The sums of flat float64 arrays: W, W + Δ, and what that was rounded to."""
     delta, lost = exact - before, after - exact
-    weight_squares, delta_squares, lost_squares, cross = (
-        float(np.einsum("ij,ij", *pair)) for pair in ((before, before), (delta, delta), (lost, lost), (delta, lost))
-    )
+    products = [(before, before), (delta, delta), (lost, lost), (delta, lost)]
+    weight_squares, delta_squares, lost_squares, cross = (float(np.einsum("i,i", *pair)) for pair in products)
     changed = int(np.count_nonzero(before != after))
     return Sums(weight_squares, delta_squares, lost_squares, cross, changed, before.size)
 
@@ -64,7 +64,7 @@ class Scratch:
     def __init__(self, size: int) -> None:
         self.values, self.product = np.empty(size, np.float64), np.empty(size, np.float64)
         self._raw = np.empty(0, np.uint8)
-        self._bits, self._low = np.empty(size, np.uint32), np.empty(size, np.uint32)
+        self._bits, self._low = np.empty(size, np.uint32), np.empty(size, np.uint16)
         self._flags = np.empty(size, np.bool_)
 
     def buffer(self, size: int) -> Array:
@@ -101,15 +101,25 @@ class Scratch:
         """
         bits, low, flags = (part[: values.size] for part in (self._bits, self._low, self._flags))
         np.copyto(bits.view(np.float32), values, casting="same_kind")
-        np.bitwise_and(bits, 0xFFFF, out=low)
+        np.copyto(low, bits, casting="unsafe")  # the lower half
         np.equal(low, 0x8000, out=flags)
-        between = np.flatnonzero(flags)
+        between = _positions(flags)
         even = _between(values[between], bits[between]) if between.size else None
         np.add(bits, 0x8000, out=bits)
         np.right_shift(bits, 16, out=bits)
         np.copyto(out, bits, casting="unsafe")
         if even is not None:
             out[between] = even
+
+
+def _positions(flags: Array) -> Array:
+    """Where they are true: in four places of a block, mostly, for which flatnonzero would take eight times as long."""
+    raw, found = flags.tobytes(), []
+    position = raw.find(1)
+    while position >= 0 and len(found) < _FEW:
+        found.append(position)
+        position = raw.find(1, position + 1)
+    return np.flatnonzero(flags) if position >= 0 else np.array(found, np.intp)
 
 
 def _between(values: Array, bits: Array) -> Array:

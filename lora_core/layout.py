@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lora_core import strict_json
@@ -35,9 +36,13 @@ class Output:
     shard: str
     offset: int
 
-    @property
+    @cached_property
     def columns(self) -> int:
         return self.recipe.columns if self.recipe else 1
+
+    @cached_property
+    def rows(self) -> int:
+        return math.prod(self.shape) // self.columns
 
     @property
     def updated(self) -> bool:
@@ -49,7 +54,7 @@ class Output:
         """Whether its bytes are those of its source."""
         return not self.updated and self.source is not None and self.source.dtype == self.dtype
 
-    @property
+    @cached_property
     def block_rows(self) -> int:
         """Blocks start at multiples of so many rows, whoever reads which bytes."""
         rows = min(_MIN_ROWS, _MAX_ITEMS // self.columns)

@@ -97,7 +97,7 @@ class MergedCheckpoint:
         change, if asked. NaN and infinity are NonFinite."""
         output = piece.output
         first = number * output.block_rows
-        rows = min(output.block_rows, math.prod(output.shape) // output.columns - first)
+        rows = min(output.block_rows, output.rows - first)
         items = rows * output.columns
         size = items * ITEM_BYTES[output.dtype]
         data = np.empty(size, np.uint8) if out is None else out[:size]
@@ -134,24 +134,29 @@ def block_bytes(output: Output) -> int:
     return output.block_rows * output.columns * ITEM_BYTES[output.dtype]
 
 
-def _measured_rows(output: Output, first: int, count: int) -> Array:
+def _measured(output: Output, first: int, count: int) -> Iterator[slice]:
     """Which of `count` rows from `first` on are measured: that depends on nothing but the tensor."""
     run = max(_RUN_ROWS, _RUN_ITEMS // output.columns)
-    runs = -(-math.prod(output.shape) // (output.columns * run))
-    every = -(-runs // max(_MEASURED_ITEMS // (run * output.columns), 1))
-    return np.flatnonzero(np.arange(first, first + count) // run % every == 0)
+    runs, wanted = -(-output.rows // run), max(_MEASURED_ITEMS // (run * output.columns), 1)
+    every = -(-runs // wanted)
+    for number in range(-(-(first // run) // every) * every, -(-(first + count) // run), every):
+        yield slice(max(number * run - first, 0), min((number + 1) * run - first, count))
 
 
 def _measure(output: Output, first: int, raw: Array | None, exact: Array, data: Array) -> Sums:
     """The sums over the measured rows of a block that starts at row `first`. Without a base there is no change."""
-    rows = _measured_rows(output, first, len(exact))
-    if raw is None or output.source is None or not rows.size:
-        return Sums(items=rows.size * output.columns)
-
-    def taken(source: Array, dtype: str) -> Array:
-        return widen(source.reshape(len(exact), -1)[rows].reshape(-1), dtype).reshape(len(rows), -1)
-
-    return compare(taken(raw, output.source.dtype), exact[rows], taken(data, output.dtype))
+    sums = Sums()
+    for rows in _measured(output, first, len(exact)):
+        taken = exact[rows].reshape(-1)
+        if raw is None or output.source is None:
+            sums.items += taken.size
+        else:
+            before, after = (
+                widen(part.reshape(len(exact), -1)[rows].reshape(-1), dtype)
+                for part, dtype in ((raw, output.source.dtype), (data, output.dtype))
+            )
+            sums.add(compare(before, taken, after))
+    return sums
 
 
 class _Lazy:

@@ -56,6 +56,15 @@ def test_rounding_twice_would_be_wrong_and_is_not_done():
     assert narrowed(just_above_the_middle, "BF16")[0] == 1 + 2**-7
 
 
+@pytest.mark.parametrize("count", [1, 3, 64, 65, 1000])
+def test_many_between_two_numbers_are_rounded_as_a_few_are(count):
+    values = np.full(2000, 1.5)
+    above = np.arange(count) * 2
+    values[above] = 1 + 2**-8 + 2**-30  # float32 cannot tell it from the middle of 1 and the next number
+    expected = np.where(np.isin(np.arange(2000), above), 1 + 2**-7, 1.5)
+    np.testing.assert_array_equal(narrowed(values, "BF16").astype(np.float64), expected)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_widening_is_exact(dtype):
     raw = np.arange(2**16, dtype=np.uint16).view(np.uint8)  # every 16-bit number
@@ -95,7 +104,7 @@ def test_no_nan_becomes_a_number(dtype):
 
 
 def test_a_difference_is_told_in_sums_that_add_up():
-    before, exact, after = (np.array(rows) for rows in ([[3.0, 4.0]], [[3.5, 4.25]], [[3.0, 4.5]]))
+    before, exact, after = (np.array(numbers) for numbers in ([3.0, 4.0], [3.5, 4.25], [3.0, 4.5]))
     sums = compare(before, exact, after)
     assert sums == Sums(weight=25, delta=0.3125, lost=0.3125, cross=-0.1875, changed=1, items=2)
     sums.add(sums)
