@@ -141,14 +141,17 @@ class _Linear(torch.autograd.Function):
 def quantise_base(model: nn.Module, *, skip: Collection[str] = _WHOLE) -> list[str]:
     """Keep the weight of every linear layer of a base in 4 bits; returns their paths, sorted.
 
-    Modules whose last name is in `skip` stay whole, by default output layers and heads. BadConfig if 64 does not
-    divide the inputs of a layer; nothing is changed then. Inject adapters afterwards.
+    Modules whose last name is in `skip` stay whole, by default output layers and heads; so do Conv1D and parameters of
+    experts, as in a merge. BadConfig if 64 does not divide the inputs of a layer, or there is none; nothing is changed
+    then. Inject adapters afterwards.
     """
     layers = {
         path: module
         for path, module in sorted(model.named_modules())
         if isinstance(module, nn.Linear) and path.rpartition(".")[2] not in skip
     }
+    if not layers:
+        raise BadConfig("the model has no linear layers to keep in 4 bits")
     for path, layer in layers.items():
         if layer.in_features % nf4.BLOCK:
             raise BadConfig(f"{path} has {layer.in_features} inputs; 4-bit numbers come in blocks of {nf4.BLOCK}")

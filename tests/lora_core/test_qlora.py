@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lora_core import nf4
 from lora_core.adalora_config import AdaLoraConfig
@@ -176,6 +177,8 @@ def test_rows_that_no_block_divides_are_refused_and_nothing_is_changed():
     with pytest.raises(BadConfig, match="1 has 96 inputs"):
         quantise_base(model)
     assert not any(isinstance(p, NF4Weight) for p in model.parameters())
+    with pytest.raises(BadConfig, match="no linear layers"):
+        quantise_base(nn.Sequential(Conv1D(64, 64), nn.Embedding(64, 64)))
 
 
 def test_a_quantised_model_takes_less_memory(base):
