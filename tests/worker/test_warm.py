@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,30 @@ def kept(make_task: Callable[..., TrainTask], reporter: Reporter, tmp_path: Path
 
 def test_a_base_that_training_left_alone_is_offered(kept: KeptBase, reporter: Reporter) -> None:
     assert kept.offer(reporter)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "biases": {"bias": "all"},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "token rows": {"trainable_token_indices": [3, 5]},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_leaves_the_base_as_it_was(
+    make_task: Callable[..., TrainTask], reporter: Reporter, tmp_path: Path, kind: str
+) -> None:
+    kept = KeptBase()
+    train_adapter(make_task(lora={**LORA, **KINDS[kind]}), workspace(tmp_path, "before"), reporter, kept)
+    assert kept.offer(reporter)
+    plain = make_task()
+    train_adapter(plain, workspace(tmp_path, "warm"), reporter, kept)
+    train_adapter(plain, workspace(tmp_path, "cold"), reporter)
+    assert adapter_of(tmp_path / "warm") == adapter_of(tmp_path / "cold")
 
 
 @pytest.mark.parametrize("change", ["in_place", "past_autograd", "moved", "unfrozen", "hooked", "config", "mode"])
