@@ -165,7 +165,7 @@ class TestList:
         assert refused(client.get("/v1/files", params={"limit": limit}), 422, "invalid_limit")["param"] == "limit"
 
     @pytest.mark.parametrize(
-        "after", ["x", "file-" + "0" * 31, f"ftjob-{uuid.uuid4().hex}", f"file-{uuid.uuid4().hex}"]
+        "after", ["x", "file-" + "0" * 31, f"ftjob-{uuid.UUID(int=7).hex}", f"file-{uuid.UUID(int=7).hex}"]
     )
     def test_foreign_cursor(self, client: TestClient, after: str) -> None:
         refused(client.get("/v1/files", params={"after": after}), 400, "invalid_cursor")
@@ -253,7 +253,7 @@ class TestDelete:
         assert response.headers["x-should-retry"] == "false"
 
 
-@pytest.mark.parametrize("bad", ["nonsense", "file-zz", f"file-{uuid.uuid4()}", "FILE-" + "0" * 32])
+@pytest.mark.parametrize("bad", ["nonsense", "file-zz", f"file-{uuid.UUID(int=7)}", "FILE-" + "0" * 32])
 def test_malformed_id_is_not_found(client: TestClient, bad: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for address in (f"/v1/files/{bad}", f"/v1/files/{bad}/content"):
