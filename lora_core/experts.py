@@ -42,8 +42,9 @@ class LoraExperts(AdapterLayer):
         wrappers = {name: "base_layer." * (len(names) - 1 - place) for place, name in enumerate(names)}
         self.scalings = {name: scalings[name] for name in names}
         self.in_out = bool(getattr(base_layer, "is_transposed", False))
+        # Attributes end like those of other layers: LoRA+ tells lora_B by it.
         self.TENSORS = MappingProxyType(  # type: ignore[misc]  # of each module its own
-            {f"{wrappers[name]}lora_{factor}.weight": f"lora_{factor}_{name}" for name in names for factor in "AB"}
+            {f"{wrappers[name]}lora_{factor}.weight": f"{name}_lora_{factor}" for name in names for factor in "AB"}
         )
         for name in names:
             experts, out_features, in_features = self._shape(name)
@@ -52,8 +53,8 @@ class LoraExperts(AdapterLayer):
             lora_A, lora_B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes)
             if seed is not None:
                 _start(lora_A, start_generator(seed, f"{path}.{name}"), 1 / ranks[name] if gaussian else None)
-            setattr(self, f"lora_A_{name}", lora_A)
-            setattr(self, f"lora_B_{name}", lora_B)
+            setattr(self, f"{name}_lora_A", lora_A)
+            setattr(self, f"{name}_lora_B", lora_B)
 
     @classmethod
     def from_config(cls, base_layer: nn.Module, path: str, config: LoraConfig, seed: int | None) -> Self:
@@ -76,7 +77,7 @@ class LoraExperts(AdapterLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A (experts, r, in) and B (experts, out, r) of one parameter."""
         experts, out_features, in_features = self._shape(name)
-        lora_A, lora_B = getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
+        lora_A, lora_B = getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B")
         return lora_A.view(experts, -1, in_features), lora_B.view(out_features, -1, experts).permute(2, 0, 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from lora_core.experts import LoraExperts
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from lora_core.inject import adapter_disabled, adapter_layers, eject, inject
 from lora_core.merge import merge
+from lora_core.optimizer import make_optimizer
 from lora_core.plan import plan_merge
 from lora_core.state import TrainState
 from lora_core.train import train
@@ -200,7 +201,7 @@ def test_rescaling_is_a_scaling_of_what_is_added(bases):
 
 def test_the_start_depends_on_seed_and_paths_alone(bases):
     both, first = adapted(bases["mixtral"], BOTH), adapted(bases["mixtral"], CONFIGS["first"])
-    name = "model.layers.1.mlp.experts.lora_A_gate_up_proj"
+    name = "model.layers.1.mlp.experts.gate_up_proj_lora_A"
     starts = {model: trained_parameters(model)[name] for model in (both, first)}
     assert torch.equal(starts[both], starts[first])
     assert not torch.equal(starts[both], trained_parameters(both)[name.replace("layers.1", "layers.0")])
@@ -219,6 +220,15 @@ def test_training_learns_and_goes_on_with_the_same_bits(bases, family):
     train(adapted(bases[family], BOTH), EXAMPLES, TRAIN, resume_from=states[2], on_checkpoint=resumed.append)
     for name, tensor in states[-1].tensors.items():
         assert torch.equal(resumed[-1].tensors[name], tensor), name
+
+
+def test_every_lora_b_of_an_expert_gets_the_rate_of_lora_plus(bases):
+    model = adapted(bases["mixtral"], BOTH)
+    named = trained_parameters(model)
+    faster = make_optimizer(named, replace(TRAIN, loraplus_lr_ratio=4.0)).param_groups[-1]["params"]
+    zeros = [parameter for parameter in named.values() if not parameter.any()]
+    assert len(faster) == len(zeros) == 6
+    assert {id(parameter) for parameter in faster} == {id(parameter) for parameter in zeros}
 
 
 def test_the_file_says_since_when_its_factors_lie_so(bases, tmp_path):
