@@ -36,7 +36,7 @@ ON_THE_WAY = (
     "outbox.after_send",
     "reaper.before_commit",
 )
-SOONEST = ("claim.after_commit", "blob.sent", "ckpt.before_commit", "pub.before_commit", "pub.after_commit")
+SOONEST = ("claim.after_commit", "ckpt.after_commit", "pub.before_commit", "pub.after_commit")
 MERGE = ("merge.merged", "merge.before_commit", "merge.after_commit")
 ENDINGS = ("release.after_commit", "fail.after_commit")
 SUBMIT = ("submit.before_commit", "api.after_commit")
@@ -116,6 +116,7 @@ def test_an_owner_that_wakes_up_too_late_changes_nothing(site: Site, point: str)
     assert site.depot.job(job).attempt == 2
 
 
+@LONG
 def test_a_worker_killed_after_it_gave_a_job_back_costs_no_attempt(site: Site) -> None:
     job = site.submit(steps=100, ms=50)
     worker = site.start_worker("release.after_commit=kill9@1")
@@ -142,7 +143,7 @@ def test_a_worker_killed_after_it_wrote_a_failure_wrote_it_once(site: Site) -> N
 
 
 @pytest.mark.parametrize("action", ["kill9", pytest.param("raise", marks=LONG)])
-@pytest.mark.parametrize("point", [pytest.param(MERGE[0], marks=LONG), *MERGE[1:]])
+@pytest.mark.parametrize("point", [MERGE[1], *(pytest.param(point, marks=LONG) for point in (MERGE[0], MERGE[2]))])
 def test_a_merge_that_is_interrupted_is_published_once(site: Site, point: str, action: str) -> None:
     trained = site.submit(steps=1)
     worker = site.start_worker(f"{point}={action}@1")
@@ -177,7 +178,7 @@ def test_a_submit_whose_api_dies_is_one_job_once_it_is_repeated(site: Site, poin
     assert len(site.all_jobs()) == 1
 
 
-@pytest.mark.parametrize("point", COLLECTOR)
+@pytest.mark.parametrize("point", [COLLECTOR[1], pytest.param(COLLECTOR[0], marks=LONG)])
 @pytest.mark.parametrize("interrupt", ["kill9", pytest.param("raise", marks=LONG)])
 def test_a_collection_that_is_interrupted_is_finished_by_the_next(site: Site, point: str, interrupt: str) -> None:
     site.garbage(3)

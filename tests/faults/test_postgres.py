@@ -13,6 +13,7 @@ from tests.faults.checker import check
 from tests.faults.site import Servers, Site, Wires
 from worker.errors import is_outage
 
+LONG = pytest.mark.faults_long
 PUBLISHES = {"after": b"INSERT INTO versions", "to": b"COMMIT"}
 
 
@@ -20,7 +21,7 @@ def url_of(wires: Wires) -> str:
     return f"postgresql+psycopg://depot@127.0.0.1:{wires.postgres.port}/depot?sslmode=disable&gssencmode=disable"
 
 
-@pytest.mark.parametrize("when", ["idle", "in a transaction"])
+@pytest.mark.parametrize("when", [pytest.param("idle", marks=LONG), "in a transaction"])
 def test_a_connection_that_swallows_everything_fails_and_is_replaced(wires: Wires, when: str) -> None:
     engine = make_engine(url_of(wires), statement_timeout_ms=100, pool_size=1)
     sessions = make_sessions(engine)
@@ -65,7 +66,7 @@ def test_an_immediate_stop_of_postgres_costs_no_attempt(site: Site) -> None:
     assert [site.depot.job(job).attempt for job in jobs] == [1, 1]
 
 
-@pytest.mark.faults_long
+@LONG
 def test_an_outage_longer_than_the_lease_costs_no_attempt(site: Site) -> None:
     job = site.submit(steps=200, ms=50)
     site.start_worker()
@@ -107,10 +108,10 @@ def test_an_owner_that_dies_after_its_answer_was_lost_has_published(site: Site) 
     ("after", "what"),
     [
         (b"INSERT INTO checkpoints", "a checkpoint"),
-        (b"INSERT INTO blobs", "a blob"),
         (b"INSERT INTO job_attempts", "a claim"),
-        (b"lease_expires_at", "a heartbeat"),
-        (b"UPDATE outbox", "a wake-up"),
+        pytest.param(b"INSERT INTO blobs", "a blob", marks=LONG),
+        pytest.param(b"lease_expires_at", "a heartbeat", marks=LONG),
+        pytest.param(b"UPDATE outbox", "a wake-up", marks=LONG),
     ],
 )
 def test_a_commit_whose_answer_is_lost_counts_once(site: Site, after: bytes, what: str) -> None:
@@ -132,6 +133,7 @@ def test_a_session_ended_in_the_midst_of_a_publication_rolls_back_and_is_repeate
     assert (site.depot.job(job).attempt, site.count(Version.id.is_not(None))) == (1, 1)
 
 
+@LONG
 def test_a_wire_that_swallows_everything_for_a_while_costs_no_attempt(site: Site) -> None:
     job = site.submit(steps=80, ms=50)
     site.start_worker()
@@ -144,7 +146,7 @@ def test_a_wire_that_swallows_everything_for_a_while_costs_no_attempt(site: Site
     assert site.depot.job(job).attempt == 1
 
 
-@pytest.mark.faults_long
+@LONG
 @pytest.mark.parametrize("fault", ["reset", "refuse", "slow", "cut"])
 def test_a_bad_wire_to_postgres_loses_nothing(site: Site, fault: str) -> None:
     jobs = [site.submit(steps=20, ms=50, seed=seed, adapter=f"bot-{seed}") for seed in (1, 2)]

@@ -81,6 +81,7 @@ def test_a_worker_that_is_told_to_leave_saves_and_gives_back(site: Site) -> None
     check(site)
 
 
+@LONG
 def test_told_twice_a_worker_with_a_deaf_trainer_still_gives_back(site: Site) -> None:
     job = site.submit(steps=1000, ms=100, seed=DEAF)
     worker = site.start_worker()
@@ -96,7 +97,9 @@ def test_told_twice_a_worker_with_a_deaf_trainer_still_gives_back(site: Site) ->
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 0)], ids=["disk full", "no descriptors"]
+    ("limit", "value"),
+    [(resource.RLIMIT_FSIZE, 0), pytest.param(resource.RLIMIT_NOFILE, 0, marks=LONG)],
+    ids=["disk full", "no descriptors"],
 )
 def test_a_worker_that_has_no_room_gets_well_by_itself(site: Site, limit: int, value: int) -> None:
     worker = site.start_worker()

@@ -69,7 +69,7 @@ def fill(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [flush, restart_empty, pytest.param(reset, marks=LONG), pytest.param(refuse, marks=LONG), pause, fill]
+    "fault", [restart_empty, fill, *(pytest.param(fault, marks=LONG) for fault in (flush, reset, refuse, pause))]
 )
 def test_wake_ups_come_through_again_after(site: Site, fault: Callable[[Site], None]) -> None:
     worker = site.start_worker(**NEVER)
@@ -96,6 +96,7 @@ def test_a_hundred_copies_of_one_wake_up_are_one_execution(site: Site) -> None:
     assert (site.depot.job(job).attempt, worker.alive) == (1, True)
 
 
+@LONG
 def test_flushing_while_jobs_wait_and_run_loses_none(site: Site) -> None:
     jobs = [site.submit(steps=10, seed=seed, adapter=f"bot-{seed}") for seed in range(8)]
     site.start_worker()

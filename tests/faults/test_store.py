@@ -61,6 +61,7 @@ def test_a_get_that_fails_again_and_again_is_repeated_until_it_works(site: Site,
     assert site.depot.job(job).attempt == 1
 
 
+@LONG
 def test_bytes_that_arrive_damaged_are_never_trained_on(site: Site) -> None:
     job = site.submit(steps=5)
     site.wires.s3.break_("GET", "/blobs/", flip_answer_bit, times=2)
@@ -84,7 +85,7 @@ def test_a_wire_that_swallows_everything_or_is_cut_is_waited_out(site: Site) -> 
     assert site.depot.job(job).attempt == 1
 
 
-@pytest.mark.parametrize("steps", [3, 400])
+@pytest.mark.parametrize("steps", [3, pytest.param(400, marks=LONG)])
 def test_a_cancelled_job_does_not_wait_for_a_store_that_is_away(site: Site, steps: int) -> None:
     job = site.submit(steps=steps, ms=50)
     site.start_worker()

@@ -2,6 +2,7 @@
 
 One JSON object per line of stdin says what to run; the answer is its process id. The end of stdin ends everything."""
 
+import ctypes
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 
+PR_SET_PDEATHSIG = 1
 CELERY = ["worker", "-P", "threads", "-c", "2", "--without-gossip", "--without-mingle", "--without-heartbeat"]
 
 
@@ -31,8 +33,10 @@ def serve(port: int) -> None:
 
 
 def run(order: dict[str, Any]) -> None:
-    """In the fork: a process like any that a shell starts."""
+    """In the fork: a process like any that a shell starts; but it does not outlive a test run that was killed."""
     os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nothing = os.open(os.devnull, os.O_RDONLY)
