@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from lora_core import errors as lora_errors
 from lora_core.architectures import ARCHITECTURES
-from lora_core.config import LoraConfig, match_targets
-from lora_core.targets import OUTPUT_LAYER, matches
+from lora_core.config import CHANGE_THE_START, LoraConfig, match_targets
+from lora_core.targets import FUSED, OUTPUT_LAYER, PAPER, matches
 from registry.errors import InvalidHyperparameter, UnknownTargetModules
 from registry.jobs.spec import LoraSpec
 from registry.models import BaseModel
@@ -24,6 +24,7 @@ def check_lora(lora: LoraSpec, base_model: BaseModel) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         _check_patterns(name, getattr(config, name), targets)
     _check_ranks(config, targets, shapes)
+    _check_together(lora, config, targets, family.embedding)
     vocabulary = base_model.facts["vocab_size"]
     if large := [token for token in lora.trainable_token_indices if token >= vocabulary]:
         raise InvalidHyperparameter(
@@ -79,3 +80,26 @@ def _check_ranks(config: LoraConfig, targets: Iterable[str], shapes: Mapping[str
             raise InvalidHyperparameter(
                 f"r = {r} is larger than the smaller dimension of {path}, {limit}.", param=f"lora.{field}", limit=limit
             )
+
+
+def _check_together(lora: LoraSpec, config: LoraConfig, targets: Iterable[str], embedding: str) -> None:
+    """What each is possible alone, and not with the other."""
+    is_target = any(matches(path, embedding) for path in targets)
+    is_saved = any(matches(name, embedding) for name in config.modules_to_save)
+    if lora.trainable_token_indices and (is_target or is_saved):
+        raise InvalidHyperparameter(
+            f"{embedding} is adapted or saved whole already; leave it out there, or train no rows of it.",
+            param="lora.trainable_token_indices",
+        )
+    starts_from_base = lora.init_lora_weights in CHANGE_THE_START
+    if starts_from_base and is_target:
+        raise InvalidHyperparameter(
+            f"{lora.init_lora_weights} starts from linear layers, and {embedding} is none.",
+            param="lora.init_lora_weights",
+        )
+    fused = [path for path in targets if path.rpartition(".")[2] in FUSED]
+    if lora.target_modules == PAPER and fused and (lora.use_dora or starts_from_base):
+        raise InvalidHyperparameter(
+            f"Queries and values inside {fused[0]} are adapted by plain LoRA only. Name the layer instead of `paper`.",
+            param="lora.target_modules",
+        )

@@ -159,6 +159,18 @@ class TestCreate:
             ({"alpha_pattern": {"k_proj": 2}}, "invalid_hyperparameter", "lora.alpha_pattern", "k_proj"),
             ({"trainable_token_indices": [10**6]}, "invalid_hyperparameter", "lora.trainable_token_indices", "tokens"),
             ({"trainable_token_indices": [1, 1]}, "invalid_hyperparameter", "lora", "trainable_token_indices"),
+            (
+                {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+                "invalid_hyperparameter",
+                "lora.trainable_token_indices",
+                "already",
+            ),
+            (
+                {"target_modules": ["embed_tokens"], "init_lora_weights": "pissa"},
+                "invalid_hyperparameter",
+                "lora.init_lora_weights",
+                "linear layers",
+            ),
             ({"use_dora": True, "init_lora_weights": "pissa"}, "invalid_hyperparameter", "lora", "use_dora"),
             ({"r": 600, "init_lora_weights": "olora"}, "invalid_hyperparameter", "lora", "twice the rank"),
             ({"loraplus_lr_ratio": 0.5}, "invalid_hyperparameter", "lora.loraplus_lr_ratio", "at least 1"),

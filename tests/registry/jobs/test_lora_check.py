@@ -1,0 +1,46 @@
+"""What a base model cannot have is said before a job waits for it."""
+
+from typing import Any
+
+import pytest
+
+from registry.errors import InvalidHyperparameter
+from registry.jobs.lora_check import check_lora
+from registry.jobs.spec import LoraSpec
+from registry.models import BaseModel
+
+PATHS = {f"transformer.h.{layer}.{name}": [48, 16] for layer in range(2) for name in ("attn.c_attn", "mlp.c_fc")}
+GPT2 = BaseModel(architecture="gpt2", facts={"linear_modules": PATHS, "tied": True, "vocab_size": 64})
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": "paper"},
+        {"target_modules": ["c_attn"], "use_dora": True},
+        {"target_modules": ["c_attn", "wte"], "modules_to_save": ["lm_head", "h.1.mlp"]},
+        {"target_modules": ["c_attn"], "trainable_token_indices": [63]},
+        {"target_modules": "all-linear", "layers_to_transform": [1], "rank_pattern": {"c_fc": 16}},
+    ],
+)
+def test_what_fits_is_let_through(lora: dict[str, Any]) -> None:
+    check_lora(LoraSpec.model_validate({"r": 4, **lora}), GPT2)
+
+
+@pytest.mark.parametrize(
+    ("lora", "param"),
+    [
+        ({"target_modules": "paper", "use_dora": True}, "lora.target_modules"),
+        ({"target_modules": "paper", "init_lora_weights": "pissa"}, "lora.target_modules"),
+        ({"target_modules": ["c_attn"], "layers_to_transform": [2]}, "lora.target_modules"),
+        ({"target_modules": ["wte"], "init_lora_weights": "olora"}, "lora.init_lora_weights"),
+        ({"target_modules": ["wte"], "trainable_token_indices": [1]}, "lora.trainable_token_indices"),
+        ({"target_modules": ["c_attn"], "trainable_token_indices": [64]}, "lora.trainable_token_indices"),
+        ({"target_modules": "paper", "rank_pattern": {"c_fc": 2}}, "lora.rank_pattern"),
+        ({"target_modules": ["c_fc"], "rank_pattern": {"h.0.mlp.c_fc": 17}}, "lora.rank_pattern"),
+    ],
+)
+def test_what_does_not_is_refused_by_the_name_of_its_field(lora: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidHyperparameter) as caught:
+        check_lora(LoraSpec.model_validate({"r": 4, **lora}), GPT2)
+    assert caught.value.param == param
