@@ -4,10 +4,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import quote
-
-import httpx
 
 from cli.connection import Connection, uses_proxies
 from cli.errors import CommandError, NotConnected, Refused
@@ -29,11 +27,15 @@ from cli.objects import (
 )
 from cli.upload import ProgressFile
 
+if TYPE_CHECKING:
+    import httpx  # a third of what commands take to start, and `merge` talks to nobody
+
 RETRIED = frozenset({429, 502, 503, 504})
 WAITS = (0.2, 0.6, 1.5)
-TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+# Seconds to connect, to read, to write, and for a free connection.
+TIMEOUT = (5.0, 60.0, 60.0, 60.0)
 # The server hashes and stores what it received before it answers: minutes, for a large shard.
-UPLOAD_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+UPLOAD_TIMEOUT = (5.0, 600.0, 600.0, 600.0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Client:
     """One method per thing a command does. Errors are CommandErrors: Refused by the server, or NotConnected."""
 
     def __init__(self, connection: Connection) -> None:
+        import httpx
+
         self.url = connection.url
         self._http = httpx.Client(
             base_url=connection.url,
@@ -214,6 +218,8 @@ class Client:
     # ── the wire ─────────────────────────────────────────────────────────────────────────────────
 
     def _link(self, path: str) -> Link:
+        import httpx
+
         response = self._send("GET", path)
         try:
             url, sha256 = response.headers["location"], response.headers["x-depot-sha256"]
@@ -241,8 +247,10 @@ class Client:
             raise CommandError(f"{self.url} does not answer like a LoRA Depot. Check DEPOT_URL.")
         return answer
 
-    def _send(self, method: str, path: str, *, repeat: bool = True, **kwargs: Any) -> httpx.Response:
+    def _send(self, method: str, path: str, *, repeat: bool = True, **kwargs: Any) -> "httpx.Response":
         """The response, below 400. Failures that a repetition may mend are repeated a few times if `repeat`."""
+        import httpx
+
         for wait in (*WAITS, None):
             try:
                 response = self._http.request(method, path, **kwargs)
@@ -257,7 +265,9 @@ class Client:
             time.sleep(wait)
         raise AssertionError("the last round returns or raises")
 
-    def _silent(self, error: httpx.TransportError) -> CommandError:
+    def _silent(self, error: "httpx.TransportError") -> CommandError:
+        import httpx
+
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return NotConnected(f"No depot answers at {self.url}. Start it with `lora-depot up`, or set DEPOT_URL.")
         return NotConnected(f"The depot at {self.url} broke off the connection ({type(error).__name__}). Try again.")
@@ -274,7 +284,7 @@ def _part(text: str) -> str:
     return quote(text, safe="")
 
 
-def _refusal(response: httpx.Response) -> Refused:
+def _refusal(response: "httpx.Response") -> Refused:
     status = response.status_code
     try:
         error = response.json()["error"]

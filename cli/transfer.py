@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -18,7 +17,7 @@ from cli.objects import FileInfo, StoredFile
 from cli.upload import ProgressFile
 
 ATTEMPTS = 5  # in a row without a single new byte
-TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+TIMEOUT = (10.0, 60.0, 60.0, 60.0)  # seconds to connect, to read, to write, and for a free connection
 OnBytes = Callable[[int], None]
 GetLink = Callable[[str], Link]
 
@@ -87,6 +86,8 @@ def fetch(file: StoredFile, get_link: GetLink, target: Path, on_bytes: OnBytes) 
 def _receive(file: StoredFile, get_link: GetLink, part: Path, on_bytes: OnBytes) -> None:
     """Fills `part` up to the file's size, over as many connections as that takes."""
     failures = 0
+    import httpx  # commands that fetch nothing do without
+
     on_bytes(min(_size(part), file["bytes"]))
     while failures < ATTEMPTS:
         before = _size(part)
@@ -106,6 +107,8 @@ def _receive(file: StoredFile, get_link: GetLink, part: Path, on_bytes: OnBytes)
 
 def _append(link: Link, part: Path, on_bytes: OnBytes) -> None:
     """Adds what is missing of the file to `part`. The API key stays here: the link is its own permission."""
+    import httpx
+
     start = _size(part)
     headers = {"Accept-Encoding": "identity"}
     if start:

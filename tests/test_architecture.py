@@ -69,3 +69,11 @@ def test_the_api_needs_neither_broker_nor_worker() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_command_that_talks_to_nobody_loads_no_http_client() -> None:
+    code = "import sys, cli.main; print(sorted({'httpx', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]", done.stderr
