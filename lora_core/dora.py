@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -87,7 +88,8 @@ class Lengths(LoraLayer):
     def measure(self, *shape: int) -> None:
         """Find the lengths of W; the trained ones get `shape`. A row of zeros is BadConfig: it has no direction."""
         squares = torch.cat([rows.double().square().sum(1) for rows in self.rows().split(_ROWS)])
-        if not squares.all():
+        # a plan of memory has shapes and no numbers
+        if not isinstance(squares, FakeTensor) and not squares.all():
             row = int((squares == 0).nonzero()[0])
             raise BadConfig(f"row {row} of {self.path} is all zero: it has no direction, so DoRA cannot adapt it")
         self.register_buffer("base_squares", squares.float(), persistent=False)
@@ -107,12 +109,17 @@ class Lengths(LoraLayer):
         Outside of training they are kept until a factor changes: a text of many tokens finds them once.
         """
         A, B = self.factors()
+        if self.training:
+            return self._find_norm(A, B)
         key = (A.data_ptr(), A._version, B.data_ptr(), B._version, self.scaling)
-        if self.training or self._norm is None or self._norm[0] != key:
-            crossed = torch.cat([rows.float() @ A.T for rows in self.rows().split(_ROWS)])  # W·Aᵀ (out, r)
-            change = 2 * crossed + self.scaling * (B @ (A @ A.T))
-            self._norm = key, ((change * B).sum(1) * self.scaling + self.base_squares).sqrt()
+        if self._norm is None or self._norm[0] != key:
+            self._norm = key, self._find_norm(A, B)
         return self._norm[1]
+
+    def _find_norm(self, A: Tensor, B: Tensor) -> Tensor:
+        crossed = torch.cat([rows.float() @ A.T for rows in self.rows().split(_ROWS)])  # W·Aᵀ (out, r)
+        change = 2 * crossed + self.scaling * (B @ (A @ A.T))
+        return ((change * B).sum(1) * self.scaling + self.base_squares).sqrt()
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002  torch's signature
         """Optimizers that keep all factors in one buffer change them unseen: what was kept is forgotten."""

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core.adalora_config import AdaLoraConfig
 from lora_core.adapter import export_config, load_adapter, save_adapter
@@ -155,6 +156,15 @@ def test_activation_checkpointing_changes_nothing(trained, llama):
     settings, again = replace(TRAIN, activation_checkpointing=True), []
     run(adapted(llama, config), config, settings, on_step=lambda report: again.append(report.loss))
     assert again == pytest.approx(losses, rel=1e-5)
+
+
+@every_variant
+def test_a_variant_can_be_put_in_and_run_on_shapes_alone(config, llama):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama))
+        inject(model, config, seed=0)
+        model.train()(torch.zeros(2, 9, dtype=torch.int64)).logits.sum().backward()
+        assert all(parameter.grad is not None for parameter in trained_parameters(model).values())
 
 
 def test_a_checkpoint_holds_the_allocator(llama, tmp_path):
