@@ -42,9 +42,14 @@ class BoundedConnection(psycopg.Connection[Any]):
             raise
 
 
-def make_engine(url: str, *, statement_timeout_ms: int = 10_000, pool_size: int = 10) -> Engine:
-    """An engine whose sockets and statements give up: a hung connection must fail before a lease does."""
+def make_engine(
+    url: str, *, statement_timeout_ms: int = 10_000, idle_timeout_ms: int = 60_000, pool_size: int = 10
+) -> Engine:
+    """An engine whose sockets and statements give up: a hung connection must fail before a lease does.
+
+    The locks of a client that stopped within a transaction, or whose host is gone, are free after `idle_timeout_ms`."""
     options = f"-c statement_timeout={statement_timeout_ms} -c lock_timeout=5000 -c timezone=UTC"
+    options += f" -c idle_in_transaction_session_timeout={idle_timeout_ms}"
     engine = create_engine(
         url,
         pool_pre_ping=True,

@@ -4,11 +4,11 @@ import signal
 from contextlib import suppress
 
 import pytest
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from registry.db import make_engine, make_sessions, transaction
-from registry.models import JobAttempt, Version
+from registry.models import Control, JobAttempt, Version
 from tests.faults.checker import check
 from tests.faults.site import Servers, Site, Wires
 from worker.errors import is_outage
@@ -37,6 +37,24 @@ def test_a_connection_that_swallows_everything_fails_and_is_replaced(wires: Wire
     with transaction(sessions) as session:
         assert session.scalar(text("SELECT 2")) == 2
     engine.dispose()
+
+
+def test_who_stops_within_a_transaction_does_not_keep_its_locks(servers: Servers) -> None:
+    stopped = make_sessions(make_engine(servers.postgres.url, idle_timeout_ms=300, pool_size=1))
+    others = make_sessions(make_engine(servers.postgres.url, pool_size=1))
+    lock = select(Control).with_for_update()
+    taken = 0
+    with pytest.raises(DBAPIError) as caught, transaction(stopped) as session:
+        session.scalars(lock).one()
+        with transaction(others) as other:
+            other.scalars(lock).one()
+            taken += 1
+        session.scalars(lock).one()
+    assert (taken, is_outage(caught.value)) == (1, True)
+    with transaction(stopped) as session:
+        session.scalars(lock).one()
+    for sessions in (stopped, others):
+        sessions.kw["bind"].dispose()
 
 
 def test_a_statement_that_postgres_itself_ends_does_not_cost_the_connection(servers: Servers, wires: Wires) -> None:
