@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 SUCCEED, LONG, DEAF, HOSTILE, CRASH, KILLED, REFUSE, BROKEN, BREED, LOUD, LINK, STUCK, SEGV = range(13)
+STAY = -1
 
 
 def say(**message: Any) -> None:
@@ -49,9 +51,25 @@ def wait_for_ever() -> None:
         step(number, 10**6)
 
 
+def follow(tasks: "SimpleQueue[str]") -> None:
+    text = b""
+    while chunk := os.read(0, 4096):
+        *whole, text = (text + chunk).split(b"\n")
+        for line in whole:
+            tasks.put(line.decode())
+    os._exit(75)
+
+
 def main(adapter: Path) -> int:
-    workspace = Path(sys.stdin.readline().rstrip("\n"))
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(75)), daemon=True).start()
+    tasks: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=follow, args=(tasks,), daemon=True).start()
+    while (status := work(adapter, Path(tasks.get()))) == STAY:
+        say(type="ready", resident_bytes=1000)
+    return status
+
+
+def work(adapter: Path, workspace: Path) -> int:
+    """The exit status, or STAY."""
     task = json.loads((workspace / "task.json").read_text())
     out = workspace / "out"
     mode = task["spec"]["seed"]
@@ -94,7 +112,7 @@ def main(adapter: Path) -> int:
     if mode == LINK:
         (out / "adapter_model.safetensors").unlink()
         (out / "adapter_model.safetensors").symlink_to("/etc/passwd")
-    return 0
+    return STAY if mode == SUCCEED and task.get("stay") else 0
 
 
 if __name__ == "__main__":

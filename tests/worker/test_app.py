@@ -34,6 +34,26 @@ def test_kill_of_the_worker_ends_its_trainer(depot: Depot, start_worker: StartWo
     wait_until(lambda: not is_alive(child), what="the trainer to notice that its supervisor is dead")
 
 
+def test_a_process_that_waits_for_another_job_ends_with_its_worker(depot: Depot, start_worker: StartWorker) -> None:
+    worker = start_worker()
+    jobs = []
+    for _ in range(2):
+        jobs.append(depot.submit(seed=SUCCEED))
+        wait_until(lambda: depot.states(jobs) == {"succeeded"})
+    (child,) = worker.children()  # one did both
+    assert worker.terminate() == 0
+    assert not is_alive(child)
+
+
+def test_a_process_that_waits_ends_when_its_worker_is_killed(depot: Depot, start_worker: StartWorker) -> None:
+    worker = start_worker()
+    job_id = depot.submit(seed=SUCCEED)
+    wait_until(lambda: depot.job(job_id).state == "succeeded")
+    (child,) = worker.children()
+    worker.kill()
+    wait_until(lambda: not is_alive(child))
+
+
 def test_flushing_redis_loses_no_job(depot: Depot, start_worker: StartWorker, valkey_url: str) -> None:
     jobs = [depot.submit(seed=SUCCEED, adapter=f"bot-{number}") for number in range(3)]
     assert relay(depot.sessions, CeleryDispatcher(valkey_url).send) == len(jobs)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from lora_core.checkpoint import TENSORS_FILE
 from registry.jobs.checkpoints import newest_checkpoints
 from registry.jobs.spec import TrainSpec
 from registry.models import Checkpoint, Job, JobAttempt, JobEvent, VersionFile
@@ -111,7 +112,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     job_id = killed_after_two_checkpoints(depot, start_worker(APP, checkpoint_seconds=EVERY_STEP))
     newest, before = saved(depot, job_id)
-    key = next(file.blob.key for file in newest.files if file.path.endswith(".safetensors"))
+    key = next(file.blob.key for file in newest.files if file.path == TENSORS_FILE)
     path = tmp_path / "objects" / key
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
