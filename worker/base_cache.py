@@ -5,15 +5,19 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from registry.jobs.inputs import StoredFile
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_file
 
 log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 0.1
 
 Stamp = list[int]  # size, modification time in ns
 
@@ -33,13 +37,15 @@ class BaseCache:
         with (self._root / f"{digest}.use").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             yield
-        self._evict()
+        with suppress(FileNotFoundError):  # others fetch and remove beside us; the next one makes room
+            self._evict()
 
     def ensure(self, digest: str, files: Sequence[StoredFile], check: Callable[[], None]) -> Path:
-        """A folder that holds exactly these bytes. `check` is called between files and may raise to give up."""
+        """A folder that holds exactly these bytes. `check` is called between files and while another worker
+        is at it, and may raise to give up."""
         folder = self._root / digest
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._locked(digest):
+        with self._locked(digest, check):
             known = self._read_stamps(digest)
             for file in files:
                 check()
@@ -54,7 +60,7 @@ class BaseCache:
 
     def doubt(self, digest: str) -> None:
         """Have every file of this base read and compared again before its next use."""
-        with self._locked(digest):
+        with self._locked(digest, lambda: None):
             self._stamps_path(digest).unlink(missing_ok=True)
 
     def _evict(self) -> None:
@@ -71,9 +77,7 @@ class BaseCache:
 
     def _remove_unused(self, folder: Path) -> bool:
         with (self._root / f"{folder.name}.use").open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_lock(file):
                 return False
             self._stamps_path(folder.name).unlink(missing_ok=True)
             shutil.rmtree(folder)
@@ -98,11 +102,22 @@ class BaseCache:
         return stamps
 
     @contextmanager
-    def _locked(self, digest: str) -> Iterator[None]:
+    def _locked(self, digest: str, check: Callable[[], None]) -> Iterator[None]:
+        """Who holds the lock may be fetching for an hour, and `check` may give up meanwhile."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self._root / f"{digest}.lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _try_lock(file):
+                check()
+                time.sleep(LOCK_SECONDS)
             yield
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _stamp(path: Path) -> Stamp:

@@ -1,13 +1,15 @@
 """A base is fetched once, looked at every time, and fetched again when it is not what it should be."""
 
 import os
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from registry.errors import ArtifactCorrupt
+from registry.errors import ArtifactCorrupt, CancelRequested
 from registry.jobs.inputs import StoredFile
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_file
@@ -130,3 +132,39 @@ def test_bytes_that_are_wrong_in_the_store_are_never_used(
     with pytest.raises(ArtifactCorrupt):
         cache.ensure(DIGEST, files, nothing)
     assert not (tmp_path / "cache" / DIGEST / "model.safetensors").exists()
+
+
+def test_who_waits_for_another_to_fetch_can_still_give_up(cache: BaseCache, files: list[StoredFile]) -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        inside.set()
+        done.wait(30)
+
+    holder = threading.Thread(target=lambda: cache.ensure(DIGEST, files, hold))
+    holder.start()
+    assert inside.wait(30)
+
+    def give_up() -> None:
+        raise CancelRequested
+
+    with pytest.raises(CancelRequested):
+        cache.ensure(DIGEST, files, give_up)
+    done.set()
+    holder.join()
+
+
+def test_workers_that_make_room_at_the_same_time_do_not_trip_over_each_other(
+    store: ObjectStore, files: list[StoredFile], tmp_path: Path
+) -> None:
+    def work(number: int) -> int:
+        cache = BaseCache(tmp_path / "cache", store, max_bytes=1)
+        for turn in range(25):
+            digest = f"{(number + turn) % 5}" * 64
+            with cache.using(digest):
+                folder = cache.ensure(digest, files, nothing)
+                assert {path.name for path in folder.iterdir()} >= {file.path for file in files}
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [0, 1, 2, 3]
