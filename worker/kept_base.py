@@ -69,10 +69,15 @@ def take_seal(model: Any) -> Seal:
 
 
 def bit_sum(tensor: Tensor) -> int:
-    """The bits of a tensor as integers, added modulo 2⁶⁴: one pass at the speed of memory."""
-    flat = tensor.contiguous().view(-1)
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size())
-    return int((flat if width is None else flat.view(width)).sum(dtype=torch.int64))
+    """The bits of a tensor as integers of 64, added modulo 2⁶⁴: one pass at the speed of memory, which takes none.
+
+    A sum over narrower integers would first make 64 bits of each: four times a bfloat16 tensor, at once."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.numel() - flat.numel() % 8
+    rest = bytes(flat[whole:].tolist())
+    return (int(flat[:whole].view(torch.int64).sum()) + int.from_bytes(rest, "little")) % 2**64
 
 
 def resident_bytes() -> int:

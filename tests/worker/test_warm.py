@@ -211,6 +211,23 @@ def test_one_bit_changes_the_sum_of_any_kind_of_tensor() -> None:
         assert bit_sum(tensor) != before
 
 
+def test_the_sum_of_a_tensor_depends_on_its_bits_alone() -> None:
+    numbers = torch.arange(200, dtype=torch.uint8)
+    assert bit_sum(numbers[3:]) == bit_sum(numbers[3:].clone())
+    assert bit_sum(numbers.view(2, 100).T) == bit_sum(numbers.view(2, 100).T.contiguous())
+
+
+def test_a_sum_takes_no_memory_of_its_own() -> None:
+    script = (
+        "import resource, torch; from worker.kept_base import bit_sum; torch.set_num_threads(1); "
+        "weight = torch.ones(2**25, dtype=torch.bfloat16); bit_sum(weight[:9]); "
+        "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (held + weight.nbytes,) * 2); print(bit_sum(weight) > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]
+
+
 def test_a_process_with_children_says_so() -> None:
     script = (
         "import subprocess; from worker.child import has_children; before = has_children(); "
