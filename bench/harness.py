@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "sqlalchemy", "celery")
+PACKAGES = ("torch", "transformers", "peft", "trl", "numpy", "safetensors", "sqlalchemy", "celery")
 
 
 @dataclass(frozen=True)

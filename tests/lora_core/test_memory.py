@@ -1,0 +1,82 @@
+"""What a plan says a step takes, against what the allocator reports while the step is taken."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lora_core.config import LoraConfig
+from lora_core.data import Example
+from lora_core.inject import inject
+from lora_core.memory import plan_memory
+from lora_core.model import load_base
+from lora_core.train import TrainConfig, train
+from lora_core.trainable import trained_parameters
+from tests.tiny import make_base
+
+LENGTHS = (250, 200, 150)
+LABELLED = 0.4
+LORA = LoraConfig(r=8, lora_alpha=16)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("memory") / "base", "llama", hidden=64, layers=3, vocab=2000)
+
+
+def measured(base: Path, config: TrainConfig) -> int:
+    """The most that a run's first step had allocated at once."""
+    model, _ = load_base(base, "float32", device="cpu")
+    inject(model, LORA, seed=0)
+    examples = []
+    for length in LENGTHS:
+        ids = torch.arange(3, 3 + length, dtype=torch.int32).numpy()
+        labels = ids.copy()
+        labels[: round((1 - LABELLED) * length)] = -100
+        examples.append(Example(ids, labels))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        train(model, examples, config)
+    now = peak = 0
+    events: Any = profiled.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": False}, {"activation_checkpointing": True}],
+    ids=["packed", "padded", "checkpointed"],
+)
+def test_a_step_takes_what_was_planned_within_15_per_cent(base: Path, options: dict[str, Any]) -> None:
+    config = TrainConfig(batch_size=len(LENGTHS), max_steps=2, **options)
+    plan = plan_memory(base, LORA, config, LENGTHS, labelled=LABELLED, dtype=torch.float32)
+    assert plan.step == pytest.approx(measured(base, config), rel=0.15)
+
+
+def test_checkpointing_and_packing_are_planned_as_savings(base: Path) -> None:
+    def activations(**options: Any) -> int:
+        config = TrainConfig(batch_size=3, **options)
+        return plan_memory(base, LORA, config, LENGTHS, labelled=LABELLED, dtype=torch.float32).activations
+
+    assert activations(activation_checkpointing=True) < activations() < activations(packing=False)
+
+
+def test_weights_and_factors_are_counted_exactly(base: Path) -> None:
+    plan = plan_memory(base, LORA, TrainConfig(), LENGTHS, labelled=LABELLED, dtype=torch.bfloat16)
+    model, _ = load_base(base, "bfloat16", device="cpu")
+    assert plan.base == sum(value.numel() * 2 for value in model.parameters())
+    inject(model, LORA, seed=0)
+    factors = sum(value.numel() * 4 for value in trained_parameters(model).values())
+    assert (plan.adapter, plan.gradients, plan.optimizer) == (factors, factors, 2 * factors)
+    assert plan.total == plan.base + plan.adapter + plan.step + plan.runtime
+
+
+def test_planning_allocates_no_model(base: Path) -> None:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        plan = plan_memory(base, LORA, TrainConfig(), LENGTHS, labelled=LABELLED, dtype=torch.float32)
+    events: Any = profiled.profiler.kineto_results.events()
+    assert sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]") < plan.activations / 10
