@@ -114,7 +114,8 @@ class Scratch:
 
 def _positions(flags: Array) -> Array:
     """Where they are true: in four places of a block, mostly, for which flatnonzero would take eight times as long."""
-    raw, found = flags.tobytes(), []
+    raw = flags.tobytes()
+    found: list[int] = []
     position = raw.find(1)
     while position >= 0 and len(found) < _FEW:
         found.append(position)
