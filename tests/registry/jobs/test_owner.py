@@ -21,6 +21,7 @@ from registry.jobs.reaper import tick
 from registry.jobs.spec import MergeOptions
 from registry.jobs.states import JobState
 from registry.jobs.submit import submit_merge
+from registry.jobs.suggest import suggest_patch
 from registry.models import Blob, Job, JobEvent, LineageEdge, Merge, MergeFile, Outbox, Version, VersionFile
 from tests.factories import make_adapter, make_blob, make_file, make_job, make_tenant, make_version
 from tests.registry.jobs.helpers import (
@@ -390,6 +391,8 @@ def test_running_the_machine_out_of_memory_twice_at_one_step_is_enough(sessions:
     ends, job = crashes(sessions, out, out)
     assert ends == ["queued", "failed"]
     assert (job.error_class, job.error_code) == ("host_oom", "host_out_of_memory")
+    smaller = {"op": "add", "path": "/hyperparameters", "value": {"batch_size": 4}}
+    assert suggest_patch(job, context_length=None) == [smaller]
 
 
 def test_a_drain_costs_nothing(sessions: SessionFactory) -> None:
