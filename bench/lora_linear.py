@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftConfig
@@ -48,8 +49,9 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, passes
     bare = nn.Linear(inputs, outputs, bias=False, dtype=dtype).requires_grad_(requires_grad=False)
     ours = LoraLinear(bare, path="a", r=RANK, scaling=2.0).train()
     theirs = PeftLinear(bare, "default", config=PeftConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0), r=RANK)
-    for layer in (ours.lora_B, theirs.lora_B["default"].weight):
-        nn.init.normal_(layer, std=0.02)
+    factors: list[Any] = [ours.lora_B, theirs.lora_B["default"].weight]
+    for factor in factors:
+        nn.init.normal_(factor, std=0.02)
     x = torch.randn(tokens, inputs, dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, outputs, dtype=dtype)
     layers: list[Callable[[torch.Tensor], torch.Tensor]] = [bare, ours, theirs.train()]
@@ -65,7 +67,7 @@ def measure(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad
     began = time.process_time()
     for _ in range(passes):
         x.grad = None
-        layer(x).backward(grad)
+        torch.autograd.backward(layer(x), grad)
     return (time.process_time() - began) / passes
 
 

@@ -116,7 +116,8 @@ def peer(options: argparse.Namespace, *, checkpointing: bool, autocast: bool) ->
     from datasets import Dataset
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=getattr(torch, options.dtype))
@@ -153,9 +154,9 @@ def peer(options: argparse.Namespace, *, checkpointing: bool, autocast: bool) ->
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.pause()
 
-        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
-            if "loss" in logs:
-                clock.stop(float(logs["loss"]))
+        def on_log(self, *_: Any, **said: Any) -> None:
+            if "loss" in said["logs"]:
+                clock.stop(float(said["logs"]["loss"]))
 
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer, callbacks=[Steps()]
