@@ -238,7 +238,7 @@ class _Run:
         loss = distributed.total(self._gradients(step, rows), self.model.device)
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the loss is {loss} at step {step}; lower the learning rate", step=step)
-        if step == 1:
+        if step == 1 and distributed.share(rows, self.lengths):
             _require_gradients(self.model)
         distributed.sum_gradients(self.parameters)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
