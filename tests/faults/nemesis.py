@@ -85,7 +85,15 @@ class Nemesis:
         self.clients = [Client(self, seeds[part::3], file_id) for part in range(3)]
         self.faults: list[Callable[[], object]] = [
             *(self.kill_worker, self.kill_worker, self.arm_worker, self.arm_worker, self.stop_worker),
-            *(self.leave_worker, self.kill_trainer, self.stop_trainer, self.kill_api, self.cancel),
+            *(
+                self.leave_worker,
+                self.kill_trainer,
+                self.stop_trainer,
+                self.kill_api,
+                self.cancel,
+                self.merge,
+                self.merge,
+            ),
             *(self.stop_postgres, self.end_sessions, self.bad_postgres, self.bad_postgres, self.lose_reply),
             *(self.restart_valkey, self.flush_valkey, self.pause_valkey, self.bad_redis),
             *(self.bad_store, self.bad_s3, self.bad_s3),
@@ -183,6 +191,12 @@ class Nemesis:
                 self.site.depot.cancel(chosen)
             except JobTerminal:
                 self.history.note("cancelled too late", job=str(chosen))
+
+    def merge(self) -> None:
+        """No fault, but work of the other kind."""
+        made = [job for job in sorted(self.site.accepted) if self.site.state(job) == "succeeded"]
+        if made:
+            self.site.request_merge(self.dice.choice(made))
 
     # ── Postgres ─────────────────────────────────────────────────────────────────────────────────
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from registry.models import Job
 from tests.faults.checker import check
 from tests.faults.nemesis import History, Nemesis
 from tests.faults.site import Site
@@ -26,9 +27,9 @@ def test_random_faults_lose_nothing_and_publish_nothing_twice(site: Site, tmp_pa
     try:
         nemesis = Nemesis(site, seed=SEED, seconds=SECONDS, jobs=JOBS, history=history)
         nemesis.run()
-        assert len(site.accepted) == len(site.all_jobs()) == JOBS
-        site.wait_ended(*site.accepted, seconds=600)
-        ends = {job: site.state(job) for job in site.accepted}
+        assert (len(site.accepted), site.count(Job.kind == "train")) == (JOBS, JOBS)
+        site.wait_ended(*site.all_jobs(), seconds=600)
+        ends = {job: site.state(job) for job in site.all_jobs()}
         assert {job for job, state in ends.items() if state != "succeeded"} <= nemesis.cancelled
         assert set(ends.values()) <= {"succeeded", "cancelled"}
         check(site, ended_as=None)
@@ -37,6 +38,6 @@ def test_random_faults_lose_nothing_and_publish_nothing_twice(site: Site, tmp_pa
         shutil.copytree(tmp_path, kept / str(SEED), ignore=shutil.ignore_patterns("cache", "work", "scratch"))
         sys.stdout.write(f"\nnemesis: SEED={SEED} failed; history and logs are in {kept}\n")
         raise
-    attempts = sum(site.depot.job(job).attempt for job in site.accepted)
+    attempts = sum(site.depot.job(job).attempt for job in site.all_jobs())
     faults = history.path.read_text().count('"what": "fault"')
     sys.stdout.write(f"nemesis: {faults} faults, {attempts} attempts, 0 lost, 0 published twice, all weights equal\n")
