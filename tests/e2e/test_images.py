@@ -98,8 +98,10 @@ def loaded_files(image: str) -> set[Path]:
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """Top names of the third-party modules that `node` imports, now or later, but not for type checkers alone."""
+    """Top names of the third-party modules that `node` imports, now or later, and cannot do without."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Try) and any(h.type and ast.unparse(h.type) == "ImportError" for h in node.handlers):
         return
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
