@@ -41,6 +41,7 @@ def child_env(workspace: Path, *, threads: int, environ: Mapping[str, str] = os.
         # Threads that wait must not spin: with other work on the cores, that made small models 8 times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
         "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
+        # numpy's products are those of merges, which have threads of their own.
+        "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(worker.__file__).parent.parent),
     }
