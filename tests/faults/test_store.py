@@ -137,7 +137,6 @@ def test_an_upload_that_cannot_work_says_so_and_leaves_nothing(
     method: str,
     pattern: str,
     fault: Fault,
-    error: type,
 ) -> None:
     proxy = S3Proxy(rclone.endpoint_url)
     store = rclone.store(fault_bucket, endpoint_url=f"http://127.0.0.1:{proxy.port}")
