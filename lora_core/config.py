@@ -15,8 +15,8 @@ from lora_core.targets import (
     is_in_layers,
     lookup,
     matches,
+    names_of,
     query_and_value,
-    saving,
 )
 
 ALL_LINEAR: Final = targets.ALL_LINEAR
@@ -216,8 +216,8 @@ def match_targets(config: LoraConfig, module_names: Iterable[str], linear: Itera
     found = {end for name in names for end in ends(name)}
     if unknown := [target for target in wanted if target not in found]:
         raise _unknown(unknown, names)
-    allowed = [name for name in names if not any(matches(name, other) for other in config.exclude_modules)]
-    allowed = [name for name in allowed if saving(name, config.saved_names()) is None]
+    excluded, saved = set(config.exclude_modules), set(config.saved_names())
+    allowed = [name for name in names if excluded.isdisjoint(ends(name)) and saved.isdisjoint(names_of(name))]
     if config.target_modules == ALL_LINEAR:
         linear_names = set(wanted)
         return [name for name in allowed if name in linear_names and _is_in_layers(config, name, "")]

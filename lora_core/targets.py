@@ -68,7 +68,13 @@ def is_in_layers(path: str, name: str, layers: Sequence[int] | None, patterns: S
 
 def saving(path: str, names: Iterable[str]) -> str | None:
     """The name in `modules_to_save` because of which `path` is, or is part of, a module saved whole."""
-    return next((name for name in names for parent in with_parents(path) if matches(parent, name)), None)
+    found = names_of(path)
+    return next((name for name in names if name in found), None)
+
+
+def names_of(path: str) -> set[str]:
+    """Every name that `matches` the path or a module that it is part of."""
+    return {end for parent in with_parents(path) for end in ends(parent)}
 
 
 def saved_module(path: str, names: Iterable[str]) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from lora_core import errors as lora_errors
 from lora_core.architectures import ARCHITECTURES
 from lora_core.config import CHANGE_THE_START, LoraConfig, match_targets
-from lora_core.targets import FUSED, OUTPUT_LAYER, PAPER, matches
+from lora_core.targets import FUSED, OUTPUT_LAYER, PAPER, ends, matches, names_of
 from registry.errors import InvalidHyperparameter, UnknownTargetModules
 from registry.jobs.spec import LoraSpec
 from registry.models import BaseModel
@@ -46,7 +46,8 @@ def _targets(config: LoraConfig, modules: list[str], shapes: Mapping[str, list[i
 
 
 def _check_names(field: str, names: Iterable[str], modules: Iterable[str]) -> None:
-    unknown = [name for name in names if not any(_is_or_holds(path, name) for path in modules)]
+    existing = {name for path in modules for name in names_of(path)}
+    unknown = [name for name in names if name not in existing]
     if unknown:
         available = sorted({path.rpartition(".")[2] for path in modules})
         raise UnknownTargetModules(
@@ -57,18 +58,10 @@ def _check_names(field: str, names: Iterable[str], modules: Iterable[str]) -> No
         )
 
 
-def _is_or_holds(path: str, name: str) -> bool:
-    """Whether `name` means the module, or one that it is part of."""
-    while path:
-        if matches(path, name):
-            return True
-        path = path.rpartition(".")[0]
-    return False
-
-
 def _check_patterns(field: str, pattern: Mapping[str, float], targets: Iterable[str]) -> None:
+    existing = {end for path in targets for end in ends(path)}
     for name in pattern:
-        if not any(matches(path, name) for path in targets):
+        if name not in existing:
             raise InvalidHyperparameter(f"`{name}` is not one of the adapted modules.", param=f"lora.{field}")
 
 

@@ -1,10 +1,11 @@
 """What a base model cannot have is said before a job waits for it."""
 
+import sys
 from typing import Any
 
 import pytest
 
-from registry.errors import InvalidHyperparameter
+from registry.errors import InvalidHyperparameter, UnknownTargetModules
 from registry.jobs.lora_check import check_lora
 from registry.jobs.spec import LoraSpec
 from registry.models import BaseModel
@@ -44,3 +45,21 @@ def test_what_does_not_is_refused_by_the_name_of_its_field(lora: dict[str, Any],
     with pytest.raises(InvalidHyperparameter) as caught:
         check_lora(LoraSpec.model_validate({"r": 4, **lora}), GPT2)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("field", ["exclude_modules", "modules_to_save"])
+def test_as_many_names_as_there_may_be_are_not_compared_with_each_module(field: str) -> None:
+    lora = LoraSpec.model_validate({"r": 4, field: [f"absent_{number}" for number in range(10_000)]})
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        with pytest.raises(UnknownTargetModules):
+            check_lora(lora, GPT2)
+    finally:
+        sys.setprofile(None)
+    assert calls < 60_000  # what there is to adapt may be hundreds of modules, and the API serves others meanwhile
