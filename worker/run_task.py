@@ -15,6 +15,10 @@ from worker.supervisor import Ending, result_of, run_child
 from worker.task import Task, TrainTask, write_task
 from worker.warm import Warmth
 
+MEMORY_WAS_TAKEN = (
+    "Memory ran out while processes that wait for another job held some of it. They were ended; it is tried again."
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -60,7 +64,12 @@ def _run_warm(host: Host, attempt: Attempt, warmth: Warmth, run: Callable[[Child
             ending = run(child)
             died_waiting = child.tasks > 1 and ending.returncode is not None and not ending.heard
             if not died_waiting or attempt.reason:
-                return _judge(host, attempt, ending, warmth.base_digest)
+                try:
+                    return _judge(host, attempt, ending, warmth.base_digest)
+                except JobFailed as failure:
+                    if failure.error_class in ("oom", "host_oom") and host.warm.clear():
+                        raise JobFailed("infra", "memory_was_taken", MEMORY_WAS_TAKEN) from failure
+                    raise
         log.info("%s: child %d had died while it waited", attempt, child.pid)
 
 

@@ -79,12 +79,18 @@ class WarmPool:
             self._idle = [idle for idle in self._idle if idle not in gone]
         _end(gone)
 
+    def clear(self) -> bool:
+        """End all that are idle now, and answer whether there were any: somebody needs their memory."""
+        with self._lock:
+            gone, self._idle = self._idle, []
+        _end(gone)
+        return bool(gone)
+
     def close(self) -> None:
         """End all that are idle, now and from now on."""
         with self._lock:
             self._closed = True
-            gone, self._idle = self._idle, []
-        _end(gone)
+        self.clear()
 
     def _take(self, warmth: Warmth) -> Child | None:
         with self._lock:

@@ -108,6 +108,20 @@ def test_a_job_that_fails_takes_its_process_along(
     assert not is_alive(idle.child.pid)
 
 
+def test_memory_that_idle_processes_held_is_not_what_a_job_fails_of(
+    host: Host, make_task: Callable[..., TrainTask], tmp_path: Path
+) -> None:
+    fail = """say error ', "error_class": "oom", "code": "out_of_memory", "message": "x"'; exit 1"""
+    host = replace(host, child_argv=speaking(f"case $task in *well) say result; ready;; *) {fail};; esac"))
+    run_task(host, make_attempt(), make_task(), workspace(tmp_path, "well"), base_digest="1" * 64)
+    (idle,) = host.warm._idle
+    for name, error_class in (("ill", "infra"), ("still", "oom")):
+        with pytest.raises(JobFailed) as failed:
+            run_task(host, make_attempt(), make_task(), workspace(tmp_path, name), base_digest="0" * 64)
+        assert failed.value.error_class == error_class
+        assert not is_alive(idle.child.pid)
+
+
 def test_a_process_that_died_while_it_waited_costs_nothing(
     host: Host, make_task: Callable[..., TrainTask], tmp_path: Path
 ) -> None:
