@@ -75,13 +75,20 @@ def _publish(
 
 
 def compare(host: Host, attempt: Attempt, task: MergeTask, workspace: Path, *, base_digest: str) -> None:
-    """Have the merged model compared with what it was made of; a machine that is too small for that says so."""
+    """Have the merged model compared with what it was made of; a machine that is too small for that says so. If there
+    was no comparison while idle training processes held memory, once more without them."""
+    if not _is_compared(host, attempt, task, workspace, base_digest) and host.warm.clear():
+        _is_compared(host, attempt, task, workspace, base_digest)
+
+
+def _is_compared(host: Host, attempt: Attempt, task: MergeTask, workspace: Path, base_digest: str) -> bool:
     try:
         run_task(host, attempt, CanaryTask(merge=task), workspace, base_digest=base_digest)
     except JobFailed as failure:
         if failure.error_class not in ("oom", "host_oom"):
             raise
         write_canary(workspace, Canary(run=False, reason="the machine ran out of memory"))
+    return read_canary(workspace).run
 
 
 def tell(canary: Canary) -> str:

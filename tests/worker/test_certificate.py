@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,17 +86,47 @@ def test_none_is_told_with_its_reason(tmp_path: Path) -> None:
     )
 
 
+class Pool:
+    """How often a pool of idle processes was cleared; the first time there were some."""
+
+    cleared = 0
+
+    def clear(self) -> bool:
+        self.cleared += 1
+        return self.cleared == 1
+
+
 @pytest.mark.parametrize("error_class", ["oom", "host_oom"])
 def test_a_machine_too_small_for_the_comparison_publishes_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_class: Any
 ) -> None:
+    runs: list[int] = []
+
     def run_out_of_memory(*_: object, **__: object) -> None:
+        runs.append(pool.cleared)
         raise JobFailed(error_class, "out_of_memory", "")
 
+    pool = Pool()
     monkeypatch.setattr(merge_job, "run_task", run_out_of_memory)  # the kernel cannot be asked to kill at will
     task = MergeTask(base_dir=tmp_path, adapter_dir=tmp_path, options=MergeOptions())
-    merge_job.compare(None, None, task, tmp_path, base_digest="")  # type: ignore[arg-type]  # not looked at
+    merge_job.compare(SimpleNamespace(warm=pool), None, task, tmp_path, base_digest="")  # type: ignore[arg-type]  # enough
     assert read_canary(tmp_path).reason == "the machine ran out of memory"
+    assert runs == [0, 1]
+
+
+def test_a_comparison_that_idle_processes_left_no_memory_for_is_made_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare_if_there_is_room(*_: object, **__: object) -> None:
+        write_canary(tmp_path, Canary(run=bool(pool.cleared), reason=None if pool.cleared else "too little memory"))
+
+    pool = Pool()
+    monkeypatch.setattr(merge_job, "run_task", compare_if_there_is_room)
+    task = MergeTask(base_dir=tmp_path, adapter_dir=tmp_path, options=MergeOptions())
+    for _ in range(2):  # and nobody is ended where it was made
+        merge_job.compare(SimpleNamespace(warm=pool), None, task, tmp_path, base_digest="")  # type: ignore[arg-type]  # enough
+    assert read_canary(tmp_path).run
+    assert pool.cleared == 1
 
 
 def test_a_comparison_of_another_form_is_refused(tmp_path: Path) -> None:
