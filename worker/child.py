@@ -69,7 +69,7 @@ def do_task(workspace: Path, reporter: Reporter) -> bool:
         from worker.train_child import train_adapter
 
         reporter.write(train_adapter(task, workspace, reporter, kept_base()))
-        return task.stay and not has_children() and kept_base().offer(reporter)
+        return task.stay and stays(reporter)
     if isinstance(task, CanaryTask):
         from worker.canary_child import compare_merge
 
@@ -79,6 +79,15 @@ def do_task(workspace: Path, reporter: Reporter) -> bool:
 
     reporter.write(merge_adapter(task, workspace, reporter))
     return False
+
+
+def stays(reporter: Reporter) -> bool:
+    """Whether this process offered itself for another task. That it could not does not make the result a failure."""
+    try:
+        return not has_children() and kept_base().offer(reporter)
+    except Exception:
+        traceback.print_exc()
+        return False
 
 
 @cache

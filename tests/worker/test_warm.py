@@ -19,6 +19,7 @@ from registry.jobs.spec import TrainSpec
 from tests.tiny import make_rows, write_jsonl
 from tests.worker.depot import LORA, ROOT, is_alive, wait_until
 from worker.attempt import Attempt, Stop
+from worker.child import stays
 from worker.errors import JobFailed
 from worker.host import Host
 from worker.kept_base import KeptBase, bit_sum
@@ -210,6 +211,17 @@ def test_a_base_that_changed_in_any_way_is_not_offered(kept: KeptBase, reporter:
             case "mode":
                 layer.train()
     assert not kept.offer(reporter)
+
+
+def test_a_base_that_cannot_be_looked_at_costs_no_result(
+    kept: KeptBase, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.child.kept_base", lambda: kept)
+    assert stays(reporter)
+    kept.get("0" * 64, lambda: pytest.fail("it is kept"))[0].register_buffer("odd", torch.empty(3, device="meta"))
+    with pytest.raises(Exception, match="meta"):
+        kept.offer(reporter)
+    assert not stays(reporter)
 
 
 def test_nothing_is_offered_after_a_request_to_stop(kept: KeptBase, reporter: Reporter) -> None:
