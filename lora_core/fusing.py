@@ -99,9 +99,11 @@ class _Siblings:
         if not torch.is_grad_enabled() or not all(map(_is_plain, self._layers)):
             return self._plain[index](x)
         if x is not self._x or index not in self._outputs:
+            # Nothing is held meanwhile: if memory runs out here, the next try needs what x came from.
+            self._x, self._outputs = None, {}
             parts = [_part(layer) for layer in self._layers]
-            self._x = x
             self._outputs = dict(enumerate(LinearsFunction.apply(x, parts, *_factors(self._layers))))
+            self._x = x
         found = self._outputs.pop(index)
         if not self._outputs:
             self._x = None

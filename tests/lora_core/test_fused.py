@@ -1,6 +1,8 @@
 """The fused passes compute what the modules they stand for compute, and their gradients are right."""
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,18 @@ def test_siblings_that_read_different_tensors_compute_their_own(llama: Path) -> 
         found = attention.q_proj(x), attention.k_proj(other), attention.q_proj(other), attention.v_proj(x)
     torch.testing.assert_close(found, expected)
     assert len(lora_layers(model)) == 14
+
+
+def test_siblings_that_fail_keep_nothing(llama: Path) -> None:
+    model, _ = prepared(llama)
+    attention = model.model.layers[0].self_attn
+    x, wide = torch.randn(2, 3, 32), torch.randn(2, 3, 33)
+    kept = weakref.ref(wide)
+    with fused_modules(model):
+        attention.q_proj(x)
+        with pytest.raises(RuntimeError, match="shapes"):
+            attention.k_proj(wide)
+        del wide
+        gc.collect()
+        assert kept() is None
+        torch.testing.assert_close(attention.v_proj(x), attention.v_proj(x))
