@@ -37,6 +37,7 @@ _CODE = (
     *("packing", "schedule", "state", "task", "train", "train_config", "trainable"),
     *("adalora", "allocator", "convolutions", "dora", "embeddings", "experts", "nf4", "principal", "qlora"),
     *("query_value", "whole"),
+    *("classification", "dpo", "seq2seq"),
 )
 
 

@@ -11,13 +11,17 @@ from safetensors import safe_open
 
 from lora_core.adapter import save_adapter
 from lora_core.checkpoint import CHECKPOINT_FILES, DOCUMENT_FILE, TENSORS_FILE, Fingerprint, differences
+from lora_core.classification import Classification
 from lora_core.config import LoraConfig
 from lora_core.data import tokenize_rows
+from lora_core.dpo import DPO
 from lora_core.errors import BadCheckpoint, CheckpointMismatch
-from lora_core.fingerprint import take_fingerprint
+from lora_core.fingerprint import _CODE, take_fingerprint
 from lora_core.inject import inject
 from lora_core.model import load_base
+from lora_core.seq2seq import Seq2Seq
 from lora_core.state import TrainState, load_checkpoint, save_checkpoint
+from lora_core.task import CausalLM
 from lora_core.train import StepReport, TrainConfig, TrainResult, train
 from tests.tiny import make_rows
 
@@ -246,6 +250,11 @@ def test_a_changed_environment_is_told_in_words(straight) -> None:
     before = Fingerprint(now.inputs, {**now.environment, "torch": "2.0.0", "threads": "64"})
     torch_now = now.environment["torch"]
     assert differences(before, now) == ["threads 64 → 1", f"torch 2.0.0 → {torch_now}"]
+
+
+@pytest.mark.parametrize("task", [CausalLM, Classification, DPO, Seq2Seq])
+def test_a_resume_on_other_code_of_the_task_is_not_called_exact(task: type) -> None:
+    assert task.__module__.rpartition(".")[2] in _CODE
 
 
 def test_a_device_that_does_not_repeat_is_never_exact(straight) -> None:
