@@ -4,6 +4,7 @@ The step is run on tensors without numbers: every allocation is counted, nothing
 options need no formula of their own, and what the loop does differently next year is counted as it is then.
 """
 
+import resource
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -133,6 +134,6 @@ def _bytes(tensors: Any) -> int:
 def _resident() -> int:
     """Bytes of this process in main memory; 0 where nobody can say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:  # macOS
         return 0

@@ -89,10 +89,21 @@ def as_plain(config: LoraConfig) -> LoraConfig:
 
 
 def _pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The r largest singular directions, each factor with the root of the singular value."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    roots = (S[:r] / scaling).sqrt()
-    return U[:, :r] * roots, roots[:, None] * Vh[:r]
+    """The r largest singular directions, each factor with the root of the singular value.
+
+    By the eigenvectors of the smaller product of the weight with itself: many times faster than all of the SVD, and
+    in float64 as exact for the largest directions.
+    """
+    W = weight.double()
+    if W.shape[0] > W.shape[1]:
+        U, Vh = _pissa(weight.T, r, scaling)
+        return Vh.T, U.T
+    values, vectors = torch.linalg.eigh(W @ W.T)  # ascending
+    U = vectors[:, -r:].flip(1)
+    S = values[-r:].flip(0).clamp(min=0).sqrt()
+    roots = (S / scaling).sqrt()
+    Vh = (U.T @ W) / S.clamp(min=torch.finfo(S.dtype).tiny)[:, None]
+    return (U * roots).to(weight.dtype), (roots[:, None] * Vh).to(weight.dtype)
 
 
 def _olora(weight: Tensor, r: int, _: float) -> tuple[Tensor, Tensor]:

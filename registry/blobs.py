@@ -30,7 +30,8 @@ def store_file(
 ) -> uuid.UUID:
     """Puts the bytes of `path` under a new key and returns their blob; whoever wants to keep them takes a reference.
 
-    A crash at any point leaves an unreferenced row that garbage collection finds; no transaction is open meanwhile."""
+    A crash at any point leaves an unreferenced row that garbage collection finds; no transaction is open meanwhile.
+    BlobGone if the collector was faster than the upload."""
     blob_id = uuid.uuid4()
     key = blob_key(sha256, blob_id)
     with transaction(sessions) as session:
@@ -40,8 +41,12 @@ def store_file(
     hit("blob.intent")
     store.put(key, path, sha256=sha256, size=size)
     hit("blob.sent")
-    with transaction(sessions) as session:
-        _mark_stored(session, blob_id)
+    try:
+        with transaction(sessions) as session:
+            _mark_stored(session, blob_id)
+    except BlobGone:
+        store.delete(key)  # collected before its bytes had arrived: nobody else would look for them again
+        raise
     hit("blob.stored")
     return blob_id
 

@@ -23,7 +23,8 @@ from tests.faults.zygote import Forked
 from worker.errors import is_outage
 
 WORKERS = 3
-COLLECT = {"DEPOT_GC_SECONDS": "2", "DEPOT_GC_GRACE_SECONDS": "6"}
+# The grace outlasts an upload that a proxy holds up, as the setting asks for.
+COLLECT = {"DEPOT_GC_SECONDS": "2", "DEPOT_GC_GRACE_SECONDS": "75"}
 LOSSES = (b"INSERT INTO versions", b"INSERT INTO checkpoints", b"INSERT INTO jobs", b"INSERT INTO job_attempts", b"")
 
 

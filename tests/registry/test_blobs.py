@@ -1,6 +1,7 @@
 import random
 import uuid
 from pathlib import Path
+from typing import cast
 
 import pytest
 from sqlalchemy import select, update
@@ -49,6 +50,25 @@ class TestStoreFile:
         assert (blob.state, blob.refs, blob.sha256, blob.size) == ("stored", 0, sha256, size)
         assert (blob.tenant_id, blob.job_id, blob.fence) == (tenant.id, job_id, 4)
         assert b"".join(store.open(blob.key)) == b"some bytes"
+
+    def test_bytes_that_arrive_after_their_collection_do_not_stay(
+        self, sessions: SessionFactory, store: ObjectStore, source: Path
+    ) -> None:
+        class Slow:
+            """The store, with a collector that is done before an upload is."""
+
+            def put(self, key: str, path: Path, *, sha256: str, size: int) -> None:
+                with transaction(sessions) as session:
+                    session.execute(update(Blob).where(Blob.key == key).values(state="deleted"))
+                store.put(key, path, sha256=sha256, size=size)
+
+            def delete(self, key: str) -> None:
+                store.delete(key)
+
+        sha256, size = digest_file(source)
+        with pytest.raises(BlobGone):
+            store_file(sessions, cast(ObjectStore, Slow()), source, sha256=sha256, size=size)
+        assert list(store.list("")) == []
 
     def test_equal_bytes_stored_twice_are_two_blobs(
         self, sessions: SessionFactory, store: ObjectStore, source: Path
