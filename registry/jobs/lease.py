@@ -95,8 +95,8 @@ def release(session: Session, *, job_id: uuid.UUID, fence: int) -> JobState:
 
 
 def _lock_next_line(session: Session, queues: Sequence[str], passed_over: Sequence[Line], *, wait: bool) -> Line | None:
-    """The line whose first job is the most urgent, as far as its tenant's floor lets it; among equals, that of the
-    tenant that runs the fewest.
+    """Of each tenant the line with its most urgent job; of these the most urgent as far as its tenant's floor lets it;
+    among equals, that of the tenant that runs the fewest.
 
     Its tenant is locked, so that nobody else claims for it; a tenant that is locked already is waited for or, in the
     same look, left to others: a crowd of claimers spreads instead of trying every tenant in turn.
@@ -104,12 +104,15 @@ def _lock_next_line(session: Session, queues: Sequence[str], passed_over: Sequen
     served = func.unnest(cast(queues, ARRAY(String))).table_valued("queue").render_derived(name="served")
     queue = served.c.queue
     head = select(Job.priority, Job.run_after).where(IS_CLAIMABLE, Job.tenant_id == Tenant.id, Job.queue == queue)
-    first = head.order_by(Job.priority, Job.run_after, Job.id).limit(1).lateral("first")
-    owned = select(Job.tenant_id, func.count().label("jobs")).where(IS_OWNED).group_by(Job.tenant_id).subquery("owned")
-    lines = select(Tenant.id, queue).select_from(Tenant).join(served, true()).join(first, true())
-    lines = lines.outerjoin(owned, owned.c.tenant_id == Tenant.id)
+    head = head.order_by(Job.priority, Job.run_after, Job.id).limit(1).correlate(Tenant, served)
+    waiting = head.lateral("waiting")
+    own = select(queue, waiting.c.priority, waiting.c.run_after).select_from(served).join(waiting, true())
     if passed_over:
-        lines = lines.where(tuple_(Tenant.id, queue).not_in([(line.tenant_id, line.queue) for line in passed_over]))
+        own = own.where(tuple_(Tenant.id, queue).not_in([(line.tenant_id, line.queue) for line in passed_over]))
+    first = own.order_by(waiting.c.priority, waiting.c.run_after).limit(1).correlate(Tenant).lateral("first")
+    owned = select(Job.tenant_id, func.count().label("jobs")).where(IS_OWNED).group_by(Job.tenant_id).subquery("owned")
+    lines = select(Tenant.id, first.c.queue).select_from(Tenant).join(first, true())
+    lines = lines.outerjoin(owned, owned.c.tenant_id == Tenant.id)
     running = func.coalesce(owned.c.jobs, 0)
     urgency = func.greatest(first.c.priority, Tenant.priority_floor)  # nobody overtakes others by saying so
     lines = lines.order_by(urgency, running, first.c.run_after).limit(1)
