@@ -68,7 +68,8 @@ def hang(seconds: float) -> Fault:
 
 def flip_request_bit(request: Request, forward: Forward) -> Answer:
     body = bytearray(request.body)
-    body[len(body) // 2] ^= 1
+    if body:
+        body[len(body) // 2] ^= 1
     return forward(Request(request.method, request.path, request.headers, bytes(body)))
 
 
