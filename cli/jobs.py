@@ -73,19 +73,26 @@ def submit(
     }
     numbers = _given({"n_epochs": epochs, "batch_size": batch_size, "beta": beta})
     body: dict[str, Any] = {"model": model, "seed": seed, "lora": _settings(lora_setting or []) | _given(lora)}
-    body["depot"] = _given({"priority": priority, "queue": queue})
-    body["method"] = {"type": method, method: {"hyperparameters": numbers}}
-    body["suffix"] = None if adapter else Path(data).stem[:64]
+    body |= {
+        "depot": _given({"priority": priority, "queue": queue}),
+        "method": {"type": method, method: {"hyperparameters": numbers}},
+        "suffix": None if adapter else Path(data).stem[:64],
+    }
+    _send(_given(body), data, validation, watch=watch)
+
+
+def _send(body: dict[str, Any], data: str, validation: str | None, *, watch: bool) -> None:
     with connected() as client:
         with bars(out()) as progress:
             body["training_file"] = _file_id(client, data, progress)
-            body["validation_file"] = _file_id(client, validation, progress) if validation else None
-        job = client.submit(_given(body), idempotency_key=str(uuid.uuid4()))
+            if validation:
+                body["validation_file"] = _file_id(client, validation, progress)
+        job = client.submit(body, idempotency_key=str(uuid.uuid4()))
         say(f"{job['id']} is queued; it will publish to {job['adapter']}.")
         if watch:
             _watch(client, job["id"])
-            return
-    say(f"Follow it: lora-depot jobs watch {job['id']}")
+        else:
+            say(f"Follow it: lora-depot jobs watch {job['id']}")
 
 
 @app.command("list")

@@ -20,7 +20,7 @@ from lora_core.digest import folder_digest
 from lora_core.merge_options import Start
 
 if TYPE_CHECKING:
-    from lora_core.merge import MergeReport
+    from lora_core.merge_report import MergeReport
     from lora_core.recipe import Recipe
 
 REPORT_FILE = "merge_report.json"

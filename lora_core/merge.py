@@ -24,6 +24,7 @@ import numpy as np
 from lora_core.errors import DigestMismatch
 from lora_core.floats import DTYPE_NAMES, Array, Sums
 from lora_core.layout import Computed, Copied, OutputFile
+from lora_core.merge_report import FileReport, MergeReport, tensor_report
 from lora_core.merged import MergedCheckpoint, block_bytes, blocks
 from lora_core.plan import plan_merge
 from lora_core.recipe import Recipe
@@ -40,40 +41,6 @@ _TASK_BYTES = 2**22
 _HASH_BYTES = 2**18
 # Of the arithmetic: what a killed process left of another number is not gone on with.
 _FORMAT = 2
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One merged tensor. With Δ the exact change and Δ' the one that rounding left: `relative_delta` = ‖Δ‖/‖W‖,
-    `rounding_loss` = ‖Δ' − Δ‖/‖Δ‖, `cosine` that between Δ and Δ', and the share of elements that are others. Where
-    there is no change, or nothing it would be a change of, nothing is lost: 0, 0, 1 and 0. All four are of
-    `measured_share` of the elements: rows spread over a large tensor, always the same ones, or all of a small one."""
-
-    name: str
-    relative_delta: float
-    rounding_loss: float
-    cosine: float
-    changed_share: float
-    measured_share: float
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """One output file; `sha256` is empty unless digests were asked for."""
-
-    path: str
-    size: int
-    sha256: str
-
-
-@dataclass
-class MergeReport:
-    """What a merge did. `copied_tensors` counts those the adapter does not touch."""
-
-    dtype: str
-    tensors: list[TensorReport] = field(default_factory=list)
-    copied_tensors: int = 0
-    files: list[FileReport] = field(default_factory=list)
 
 
 def merge(
@@ -110,7 +77,7 @@ def merge(
             _check_digests(run.files, expected or {})
     outputs = (piece.output for file in merged.files.values() for piece in file.pieces if isinstance(piece, Computed))
     items = {output.name: math.prod(output.shape) for output in outputs}
-    reports = [_tensor_report(name, items[name], sums) for name, sums in run.sums.items()]
+    reports = [tensor_report(name, items[name], sums) for name, sums in run.sums.items()]
     count = sum(file.tensors for file in merged.files.values())
     return MergeReport(dtype or "base", reports, count - len(reports), run.files)
 
@@ -282,20 +249,3 @@ def _check_digests(files: list[FileReport], expected: Mapping[str, str]) -> None
     found = {file.path: file.sha256 for file in files}
     if wrong := sorted(path for path, digest in expected.items() if found.get(path) != digest):
         raise DigestMismatch(f"{wrong[0]} is not what it should be: base or adapter differ", paths=wrong)
-
-
-def _tensor_report(name: str, items: int, sums: Sums) -> TensorReport:
-    realised = max(sums.delta + 2 * sums.cross + sums.lost, 0.0)
-    product = math.sqrt(sums.delta) * math.sqrt(realised)
-    return TensorReport(
-        name,
-        relative_delta=_root(sums.delta, sums.weight),
-        rounding_loss=_root(sums.lost, sums.delta),
-        cosine=min((sums.delta + sums.cross) / product, 1.0) if product else float(not sums.delta),
-        changed_share=sums.changed / sums.items,
-        measured_share=sums.items / items,
-    )
-
-
-def _root(numerator: float, denominator: float) -> float:
-    return math.sqrt(numerator / denominator) if denominator else 0.0

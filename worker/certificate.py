@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from lora_core.faithful import Comparison
-from lora_core.merge import FileReport, MergeReport
+from lora_core.merge_report import FileReport, MergeReport
 from worker.errors import JobFailed
 
 CERTIFICATE_FILE = "certificate.json"

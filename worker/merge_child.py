@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lora_core import strict_json
 from lora_core.base import CONFIG_FILE
-from lora_core.merge import Dtype, MergeReport, merge
+from lora_core.merge import Dtype, merge
+from lora_core.merge_report import MergeReport
 from lora_core.plan import from_nf4, plan_merge
 from lora_core.recipe import Recipe
 from lora_core.shards import open_checkpoint

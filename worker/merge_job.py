@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_core.base import is_base_file
 from lora_core.digest import folder_digest
-from lora_core.merge import FileReport
+from lora_core.merge_report import FileReport
 from registry.db import transaction
 from registry.failpoints import hit
 from registry.jobs.inputs import MergeInputs, merge_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_core.faithful import Comparison, PromptDifference
-from lora_core.merge import FileReport, MergeReport, TensorReport
+from lora_core.merge_report import FileReport, MergeReport, TensorReport
 from registry.jobs.spec import MergeOptions
 from worker import merge_job
 from worker.certificate import (
