@@ -178,12 +178,16 @@ def test_kill_9_of_the_worker_mid_training_ends_in_exactly_one_version(stack: St
 
 
 def test_flushing_redis_while_jobs_are_queued_loses_none(stack: Stack) -> None:
-    submit = ("--model", BASE, "--data", "rows.jsonl", "--adapter", "flushed", "--epochs", "1")
-    jobs = [stack.user.submits(*submit) for _ in range(3)]
     ai = stack.ai()
-    assert "queued" in {ai.fine_tuning.jobs.retrieve(job_id).status for job_id in jobs}
+    common = ("--model", BASE, "--data", "rows.jsonl")
+    # It holds the worker's only slot for as long as the others must stay queued.
+    holder = stack.user.submits(*common, "--adapter", "holder", "--epochs", "1000")
+    wait_for(lambda: ai.fine_tuning.jobs.retrieve(holder).status == "running", "it trains")
+    jobs = [stack.user.submits(*common, "--adapter", "flushed", "--epochs", "1") for _ in range(3)]
     with redis.Redis(unix_socket_path=valkey_url(stack.home.sockets).removeprefix("redis+socket://")) as client:
         assert client.flushall()
+    assert {ai.fine_tuning.jobs.retrieve(job_id).status for job_id in jobs} == {"queued"}
+    stack.user.types("jobs", "cancel", holder)
     for job_id in jobs:
         assert "Published flushed@" in stack.user.types("jobs", "watch", job_id)
     assert versions_of(stack, "flushed") == [3, 2, 1]
