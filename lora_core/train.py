@@ -44,8 +44,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`train_loss` and `eval_loss` are the last ones; `stopped` says that `should_stop` ended it, `early_stopped`
-    that its evaluations did."""
+    """`train_loss` and `eval_loss` are the last ones, whatever `best_eval_loss` was; `stopped` says that `should_stop`
+    ended it, `early_stopped` that its evaluations did."""
 
     steps: int
     total_steps: int
@@ -54,6 +54,7 @@ class TrainResult:
     trained_tokens: int
     stopped: bool
     early_stopped: bool
+    best_eval_loss: float | None
 
 
 def train(
@@ -181,6 +182,7 @@ class _Run:
             trained_tokens=self.trained_tokens,
             stopped=asked,
             early_stopped=self._is_stale() and self.done < self.total_steps,
+            best_eval_loss=self.best_eval_loss,
         )
 
     def _steps(self) -> Iterator[list[int]]:
