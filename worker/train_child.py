@@ -18,7 +18,7 @@ from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.model import load_base
 from lora_core.rows import read_rows
-from lora_core.task import default_task
+from lora_core.task import Task, default_task
 from lora_core.train import StepReport, TrainConfig, TrainResult, train
 from registry.jobs.spec import TrainSpec
 from worker.kept_base import KeptBase
@@ -56,6 +56,8 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     if result.stopped:
         raise Stopped
     require_change(model)
+    if result.early_stopped:
+        reporter.note(why_early(result, task.spec))
     reporter.phase("saving")
     save_adapter(model, adapter_config(task), workspace / OUT)
     if not write_recipe(task.base_dir, workspace / OUT):
@@ -71,7 +73,7 @@ def fit(
     config = adapter_config(task)
     inject(model, config, seed=task.spec.seed)
     settings = train_config(task.spec)
-    goal = DPO(task.spec.beta) if task.spec.method == "dpo" else default_task(model)
+    goal = goal_of(task.spec, model)
     fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=goal)
     # Not part of what makes it this run: after running out of memory it goes on in smaller pieces.
     tokens_per_batch = max(1, settings.tokens_per_batch >> task.halvings)
@@ -136,6 +138,11 @@ def adapter_config(task: TrainTask) -> LoraConfig:
     return replace(task.spec.lora.config(), base_model_name_or_path=task.base_model, revision=task.revision)
 
 
+def goal_of(spec: TrainSpec, model: Any) -> Task:
+    """What the run learns."""
+    return DPO(spec.beta) if spec.method == "dpo" else default_task(model, packing=spec.packing)
+
+
 def train_config(spec: TrainSpec) -> TrainConfig:
     return TrainConfig(
         n_epochs=spec.n_epochs,
@@ -148,6 +155,11 @@ def train_config(spec: TrainSpec) -> TrainConfig:
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
+        eval_steps=spec.eval_steps,
+        early_stopping_patience=spec.early_stopping_patience,
+        tokens_per_batch=spec.tokens_per_batch,
+        packing=spec.packing,
+        activation_checkpointing=spec.activation_checkpointing,
     )
 
 
@@ -178,12 +190,25 @@ def require_change(model: Any) -> None:
         raise BadConfig("training changed nothing: use a higher learning_rate, more steps or less warmup")
 
 
+def why_early(result: TrainResult, spec: TrainSpec) -> str:
+    """A sentence for who wonders at a run that ended before its last step."""
+    count = f"{spec.early_stopping_patience} evaluation{'s' if spec.early_stopping_patience != 1 else ''} in a row"
+    return (
+        f"Training ended early, after step {result.steps} of {result.total_steps}: {count} brought no validation loss "
+        f"below the best, {result.best_eval_loss:.4f}; the last was {result.eval_loss:.4f}. "
+        f"The adapter is that of step {result.steps}."
+    )
+
+
 def summarize(result: TrainResult, training: Dataset, seconds: float) -> dict[str, float]:
     metrics: dict[str, float | None] = {
         "steps": result.steps,
+        "total_steps": result.total_steps,
         "examples": len(training.examples),
         "train_loss": result.train_loss,
         "valid_loss": result.eval_loss,
+        "best_valid_loss": result.best_eval_loss,
+        "early_stopped": 1.0 if result.early_stopped else None,
         "seconds": seconds,
     }
     return {name: value for name, value in metrics.items() if value is not None}

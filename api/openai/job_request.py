@@ -93,6 +93,17 @@ class LoraIn(Body):
     max_grad_norm: float | None = None
     max_length: int | None = Field(default=None, description="Tokens per row; longer rows are cut. Default 2048")
     max_steps: int | None = Field(default=None, description="Stop after so many optimizer steps. Default: no limit")
+    eval_steps: int | None = Field(
+        default=None, description="Evaluate on the validation file every so many steps. Default: at the ends of epochs"
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, description="So many evaluations without a new best loss end the run. Default: it is not ended"
+    )
+    packing: bool | None = Field(default=None, description="Rows share a row without padding. Default true; not of dpo")
+    activation_checkpointing: bool | None = Field(
+        default=None, description="Keep fewer activations and compute them again. Default false"
+    )
+    tokens_per_batch: int | None = Field(default=None, description="Tokens in memory at once. Default 4096")
 
 
 class DepotIn(Body):

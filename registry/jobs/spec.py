@@ -3,7 +3,7 @@
 import uuid
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from lora_core.config import ALL_LINEAR, CHANGE_THE_START, MAX_RANK, LoraConfig
 from lora_core.errors import BadConfig
@@ -100,6 +100,18 @@ class TrainSpec(Spec):
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
     max_length: int = Field(default=2048, ge=8, le=131_072)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    packing: bool = Field(default_factory=lambda given: given.get("method") != "dpo")
+    activation_checkpointing: bool = False
+    tokens_per_batch: int = Field(default=4096, ge=1, le=2**24)
+    eval_steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    early_stopping_patience: int | None = Field(default=None, ge=1, le=1000)
+
+    @field_validator("packing")
+    @classmethod
+    def answers_are_not_packed(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001  pydantic calls it so
+        if value and info.data.get("method") == "dpo":
+            raise ValueError("the two answers of a preference stand in rows of their own; leave packing out")
+        return value
 
 
 class MergeOptions(Spec):

@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from registry.adapters import ensure_adapter
-from registry.errors import QuotaExceeded, UnknownTrainingFile, WrongRows
+from registry.errors import InvalidHyperparameter, QuotaExceeded, UnknownTrainingFile, WrongRows
 from registry.failpoints import hit
 from registry.files import pin_file
 from registry.jobs.clock import read_clock
@@ -56,6 +56,7 @@ def submit_training(
             earlier = session.scalars(select(Job).where(Job.id == reserved, Job.tenant_id == tenant_id)).one()
             return Submitted(earlier, replayed=True)
     check_lora(spec.lora, base_model)
+    _check_evaluation(spec, validation_file)
     check_queue(session, placement.queue)
     _lock_quota(session, tenant_id)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
@@ -98,6 +99,15 @@ def submit_merge(
         deadline_seconds=placement.deadline_seconds,
     )
     return _enqueue(session, job)
+
+
+def _check_evaluation(spec: TrainSpec, validation_file: File | None) -> None:
+    for name in ("eval_steps", "early_stopping_patience"):
+        if getattr(spec, name) is not None and validation_file is None:
+            raise InvalidHyperparameter(
+                f"`lora.{name}` needs a `validation_file` to evaluate on. Add one, or leave the setting out.",
+                param=f"lora.{name}",
+            )
 
 
 def _lock_quota(session: Session, tenant_id: uuid.UUID) -> None:

@@ -197,6 +197,11 @@ class TestCreate:
             ({"lora": {"warmup_ratio": 2}}, "lora.warmup_ratio"),
             ({"lora": {"max_length": 0}}, "lora.max_length"),
             ({"lora": {"max_steps": 0}}, "lora.max_steps"),
+            ({"lora": {"eval_steps": 0}}, "lora.eval_steps"),
+            ({"lora": {"early_stopping_patience": 0}}, "lora.early_stopping_patience"),
+            ({"lora": {"early_stopping_patience": 1001}}, "lora.early_stopping_patience"),
+            ({"lora": {"tokens_per_batch": 0}}, "lora.tokens_per_batch"),
+            ({"lora": {"tokens_per_batch": 10**9}}, "lora.tokens_per_batch"),
             ({"lora": {"max_grad_norm": 0}}, "lora.max_grad_norm"),
             ({"lora": {"target_modules": []}}, "lora"),
             ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
@@ -216,6 +221,25 @@ class TestCreate:
         assert error["param"] == param
         assert f"{param.rpartition('.')[2]}" in error["message"]
 
+    def test_every_setting_of_the_training_is_taken_and_shown(self, submit: Submit, file_id: str) -> None:
+        given = {
+            "eval_steps": 5,
+            "early_stopping_patience": 3,
+            "packing": False,
+            "activation_checkpointing": True,
+            "tokens_per_batch": 512,
+        }
+        shown = submit(lora=given, validation_file=file_id).json()["lora"]
+        assert {name: shown[name] for name in given} == given
+        plain = submit(suffix="plain").json()["lora"]
+        assert [plain[name] for name in given] == [None, None, True, False, 4096]
+
+    @pytest.mark.parametrize("name", ["eval_steps", "early_stopping_patience"])
+    def test_an_evaluation_without_rows_to_evaluate_on(self, submit: Submit, name: str) -> None:
+        error = refused(submit(lora={name: 2}), 422, "invalid_hyperparameter")
+        assert error["param"] == f"lora.{name}"
+        assert "validation_file" in error["message"]
+
     def test_r_zero_says_what_to_do(self, submit: Submit) -> None:
         assert "at least 1" in submit(lora={"r": 0}).json()["error"]["message"]
 
@@ -226,6 +250,9 @@ class TestCreate:
             ({"lora": {"r": 8.0}}, "lora.r"),
             ({"lora": {"r": "8"}}, "lora.r"),
             ({"lora": {"use_rslora": 1}}, "lora.use_rslora"),
+            ({"lora": {"packing": "no"}}, "lora.packing"),
+            ({"lora": {"activation_checkpointing": 1}}, "lora.activation_checkpointing"),
+            ({"lora": {"eval_steps": 2.5}}, "lora.eval_steps"),
             ({"lora": {"learning_rate": "1e-4"}}, "lora.learning_rate"),
             ({"lora": {"target_modules": [1]}}, "lora.target_modules.0"),
             ({"lora": 3}, "lora"),
@@ -336,6 +363,14 @@ class TestDpo:
         file_id = upload(client, PREFERENCES).json()["id"]
         job = submit(training_file=file_id, method={"type": "dpo"}).json()
         assert job["method"]["dpo"]["hyperparameters"]["beta"] == 0.1
+
+    def test_preferences_are_not_packed(self, client: TestClient, submit: Submit) -> None:
+        file_id = upload(client, PREFERENCES).json()["id"]
+        asked = {"training_file": file_id, "method": {"type": "dpo"}}
+        assert submit(**asked, lora={"packing": False}).json()["lora"]["packing"] is False
+        assert submit(**asked, suffix="other").json()["lora"]["packing"] is False
+        error = refused(submit(**asked, lora={"packing": True}), 422, "invalid_hyperparameter")
+        assert error["param"] == "lora.packing"
 
     def test_beta_out_of_range_is_named(self, client: TestClient, submit: Submit) -> None:
         file_id = upload(client, PREFERENCES).json()["id"]

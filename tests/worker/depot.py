@@ -42,10 +42,16 @@ class Depot:
     base: BaseModel
 
     def submit(
-        self, *, rows: list[dict[str, Any]] | None = None, adapter: str = "support-bot", **spec: Any
+        self,
+        *,
+        rows: list[dict[str, Any]] | None = None,
+        validation: list[dict[str, Any]] | None = None,
+        adapter: str = "support-bot",
+        **spec: Any,
     ) -> uuid.UUID:
         """A queued training job on `rows`."""
-        path = write_jsonl(self.scratch / f"{uuid.uuid4().hex}.jsonl", make_rows(16) if rows is None else rows)
+        training_file = self._upload_rows(make_rows(16) if rows is None else rows)
+        validation_file = None if validation is None else self._upload_rows(validation)
         defaults = {"lora": LORA, "n_epochs": 2, "batch_size": 8, "max_length": 128, "learning_rate": 1e-2}
         with transaction(self.sessions) as session:
             submitted = submit_training(
@@ -53,13 +59,16 @@ class Depot:
                 tenant_id=self.tenant.id,
                 base_model=self.base,
                 adapter_name=adapter,
-                training_file=upload(self, path, "fine-tune"),
-                validation_file=None,
+                training_file=training_file,
+                validation_file=validation_file,
                 spec=TrainSpec.model_validate({**defaults, **spec}),
                 request={},
                 idempotency=None,
             )
         return submitted.job.id
+
+    def _upload_rows(self, rows: list[dict[str, Any]]) -> File:
+        return upload(self, write_jsonl(self.scratch / f"{uuid.uuid4().hex}.jsonl", rows), "fine-tune")
 
     def job(self, job_id: uuid.UUID) -> Job:
         with self.sessions() as session:

@@ -1,0 +1,104 @@
+"""Settings of jobs that change how training goes, from submit to what others load, under the real worker."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from lora_core.gate import WEIGHTS_FILE
+from lora_core.model import load_base
+from lora_core.task import packs
+from registry.jobs.spec import TrainSpec
+from registry.models import Version
+from tests.tiny import make_rows, write_jsonl
+from tests.worker.conftest import StartWorker
+from tests.worker.depot import BASE_NAME, LORA, Depot, metrics_of, wait_until
+from worker.reporter import Reporter
+from worker.task import OUT, TrainTask
+from worker.train_child import goal_of, train_adapter, train_config
+
+APP = "worker.app"
+
+
+def trained(base_dir: Path, home: Path, **settings: Any) -> str:
+    """SHA-256 of the adapter that these settings make."""
+    defaults = {"lora": LORA, "n_epochs": 2, "batch_size": 4, "max_length": 64, "learning_rate": 1e-2}
+    home.mkdir()
+    task = TrainTask(
+        base_dir=base_dir,
+        base_digest="0" * 64,
+        base_model=BASE_NAME,
+        revision=None,
+        training_file=write_jsonl(home / "train.jsonl", make_rows(8)),
+        validation_file=None,
+        spec=TrainSpec.model_validate({**defaults, **settings}),
+        resume_from=None,
+        checkpoint_seconds=3600.0,
+        threads=1,
+    )
+    train_adapter(task, home, Reporter(os.open(os.devnull, os.O_WRONLY)))
+    return hashlib.sha256((home / OUT / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+
+def test_a_run_that_no_longer_learns_ends_early_and_says_so(depot: Depot, start_worker: StartWorker) -> None:
+    start_worker(APP)
+    # the answers of one file are what the other unlearns
+    rows = [{"prompt": f"Is {i} even?", "completion": " never" if i % 2 else " always"} for i in range(8)]
+    turned = [{**row, "completion": " jumps over"} for row in rows]
+    job_id = depot.submit(
+        rows=rows, validation=turned, n_epochs=200, eval_steps=1, early_stopping_patience=2, learning_rate=0.03
+    )
+    wait_until(lambda: depot.job(job_id).state in {"succeeded", "failed"}, seconds=120)
+    assert depot.job(job_id).state == "succeeded", depot.job(job_id).error_message
+    with depot.sessions() as session:
+        metrics = session.scalars(select(Version.metrics)).one()
+    assert metrics is not None
+    steps = int(metrics["steps"])
+    assert (metrics["total_steps"], metrics["early_stopped"]) == (200, 1)
+    assert 3 <= steps < 200
+    assert metrics["best_valid_loss"] < metrics["valid_loss"]
+    said = [event.message for event in depot.events(job_id) if event.type == "message"]
+    (why,) = [message for message in said if "early" in message]
+    assert why.startswith(f"Training ended early, after step {steps} of 200: 2 evaluations in a row")
+    assert why.endswith(f"The adapter is that of step {steps}.")
+    assert all("valid_loss" in point for point in metrics_of(depot.events(job_id)))
+
+
+def test_a_run_that_ends_by_itself_does_not_say_early(depot: Depot, start_worker: StartWorker) -> None:
+    start_worker(APP)
+    job_id = depot.submit(validation=make_rows(4), early_stopping_patience=1000, activation_checkpointing=True)
+    wait_until(lambda: depot.job(job_id).state in {"succeeded", "failed"}, seconds=120)
+    assert depot.job(job_id).state == "succeeded", depot.job(job_id).error_message
+    with depot.sessions() as session:
+        metrics = session.scalars(select(Version.metrics)).one()
+    assert metrics is not None
+    assert metrics["steps"] == metrics["total_steps"] == 4
+    assert "early_stopped" not in metrics
+
+
+def test_what_saves_memory_changes_no_bit(base_dir: Path, tmp_path: Path) -> None:
+    plain = trained(base_dir, tmp_path / "plain")
+    assert trained(base_dir, tmp_path / "checkpointing", activation_checkpointing=True) == plain
+
+
+def test_rows_share_a_row_only_where_that_is_asked_for(base_dir: Path) -> None:
+    model, _ = load_base(base_dir)
+    asked = [TrainSpec(), TrainSpec(packing=False), TrainSpec(method="dpo")]
+    assert [packs(goal_of(spec, model)) for spec in asked] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eval_steps", 7),
+        ("early_stopping_patience", 3),
+        ("tokens_per_batch", 99),
+        ("packing", False),
+        ("activation_checkpointing", True),
+    ],
+)
+def test_the_trainer_gets_what_the_job_says(name: str, value: Any) -> None:
+    assert getattr(train_config(TrainSpec.model_validate({name: value})), name) == value
