@@ -1,6 +1,7 @@
 """What the demo claims, measured on text that no training saw: base ≠ adapter = merged."""
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ def loaders(base: Path, adapter: Path, merged: Path) -> dict[str, Callable[[], A
         return model.eval()
 
     def with_peft() -> Any:
+        # peft imports it wherever it is installed; it then misses a kernel for 4-bit products, which nothing here uses.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from peft import PeftModel
 
         return PeftModel.from_pretrained(plain(base), str(adapter)).eval()
