@@ -16,7 +16,7 @@ from lora_core.inject import adapter_layers, lora_layers, make_layers, put_in
 from lora_core.layer import AdapterLayer
 from lora_core.layers import LoraConv1D
 from lora_core.targets import PRESETS, matches, saved_module
-from lora_core.tensors import is_zero, read_tensors
+from lora_core.tensors import FileTensors, is_zero
 from lora_core.variants import as_saved
 
 _COPY_OF_BASE = ".base_layer.weight"
@@ -73,18 +73,20 @@ def load_adapter(model: nn.Module, directory: Path) -> LoraConfig:
     Unknown, missing or misshapen tensors, NaN, and an adapter that changes nothing are errors; the model is then
     as it was.
     """
-    form, layers = read_layers(model, directory)
+    form, layers, _ = read_layers(model, directory)
     put_in(model, layers)
     return form.facts.config
 
 
-def read_layers(model: nn.Module, directory: Path) -> tuple[AdapterForm, dict[str, AdapterLayer]]:
+def read_layers(model: nn.Module, directory: Path) -> tuple[AdapterForm, dict[str, AdapterLayer], FileTensors]:
     """Path → the layer that does in `model` what the adapter in `directory` does there; none is put in.
 
     The file is read once, and its float32 factors are used where they lie.
     """
     form = inspect_adapter(directory)
-    tensors = read_tensors(directory / WEIGHTS_FILE, form.header)
+    file = FileTensors(form.header)
+    file.read(directory / WEIGHTS_FILE)
+    tensors = file.tensors
     form.check_learned(lambda name: is_zero(tensors[name]))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -94,7 +96,7 @@ def read_layers(model: nn.Module, directory: Path) -> tuple[AdapterForm, dict[st
         for parameter in trainable:
             parameter.requires_grad = True
         raise
-    return form, layers
+    return form, layers, file
 
 
 def _fill(layers: Mapping[str, AdapterLayer], tensors: Mapping[str, Tensor]) -> None:

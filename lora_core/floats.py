@@ -77,7 +77,7 @@ class Scratch:
         """uint8 bytes of `dtype` numbers → `out`, as many float64, exact; every NaN is the same one there."""
         with np.errstate(invalid="ignore"):  # a signalling NaN
             np.copyto(out, _numbers(raw, dtype, self._bits))
-        if dtype != "BF16" and not _are_finite(raw, dtype):
+        if dtype != "BF16" and not are_finite(raw, dtype):
             out[np.isnan(out)] = np.nan
 
     def narrow(self, values: Array, dtype: str, out: Array) -> bool:
@@ -90,7 +90,7 @@ class Scratch:
                 self._bfloat16(values, out.view(np.uint16))
             else:
                 np.copyto(out.view(_NATIVE[dtype]), values, casting="same_kind")
-        return _are_finite(out, dtype)
+        return are_finite(out, dtype)
 
     def _bfloat16(self, values: Array, out: Array) -> None:
         """By way of float32, without the error of rounding twice.
@@ -129,7 +129,7 @@ def _between(values: Array, bits: Array) -> Array:
     return lower + np.where(lower & 1, exact >= middle, exact > middle)
 
 
-def _are_finite(raw: Array, dtype: str) -> bool:
+def are_finite(raw: Array, dtype: str) -> bool:
     """Whether no number of the uint8 bytes is infinite or NaN."""
     infinity, bits = _INFINITY[dtype], raw.view(_BITS[dtype])
     sign = 1 << (8 * bits.itemsize - 1)

@@ -5,6 +5,7 @@ weights. The base's own tensors are never written to: what was taken away is put
 after any number of switches, and a matrix that two modules share is changed for the adapted one only.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lora_core.header import ADAPTER_HEADER_BYTES, header_length
 from lora_core.inject import adapter_layers
 from lora_core.layer import AdapterLayer, LoraLayer
 from lora_core.mixed import mixed_layers
-from lora_core.tensors import is_zero, read_tensors
+from lora_core.tensors import FileTensors, is_zero
 
 How = Literal["attached", "merged"]
 
@@ -41,23 +42,23 @@ class _Spot:
         setattr(self.parent, self.child, module)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Loaded:
-    """`head` are the bytes that tell all about the adapter but its numbers."""
+    """`head` are the bytes that tell all about the adapter but its numbers.
+
+    `factors` are all tensors by their names in the file, where there is nothing but factors, float32 as in the file,
+    and no layer keeps a result; they lie in the memory of `file`. Empty and None for other adapters.
+    """
 
     form: AdapterForm
     layers: Mapping[str, AdapterLayer]
     head: bytes
+    factors: Mapping[str, Tensor]
+    file: FileTensors | None
 
     def is_plain(self) -> bool:
-        """Whether all there is are factors, float32 on the CPU as in the file, of which no layer keeps a result."""
-        tensors = [tensor for layer in self.layers.values() for tensor in layer.adapter_tensors().values()]
-        dtypes = {info.dtype for info in self.form.header.tensors}
-        return (
-            all(adds_product(layer) for layer in self.layers.values())
-            and dtypes == {"F32"}
-            and all(tensor.device.type == "cpu" for tensor in tensors)
-        )
+        """Whether other numbers in the same places make another adapter of it."""
+        return bool(self.factors) and all(factor.is_cpu for factor in self.factors.values())
 
 
 class LiveModel:
@@ -78,7 +79,7 @@ class LiveModel:
         self._placed: Mapping[str, nn.Module] = {}
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._buffers: dict[tuple[str, str], nn.Parameter] = {}
-        self._spare: Tensor | None = None
+        self._spare: FileTensors | None = None
         self._mixed = False
 
     @property
@@ -105,12 +106,15 @@ class LiveModel:
         """
         loaded = self._find(name)
         self._check_not_mixed()
-        if loaded.is_plain() and _head(directory) == loaded.head:
+        refills = loaded.is_plain() and _head(directory) == loaded.head
+        if refills:
             self._refill(loaded, directory)
         else:
             self._adapters[name] = loaded = self._read(directory)
-        if self.active == name:
-            (self.merge if self.how == "merged" else self.use)(name)
+        if self.active == name and self.how == "merged":
+            self.merge(name)
+        elif self.active == name and not refills:
+            self.use(name)
         return loaded.form.facts.config
 
     def drop(self, name: str) -> None:
@@ -193,20 +197,23 @@ class LiveModel:
     def _read(self, directory: Path) -> _Loaded:
         head = _head(directory)
         with self._base():
-            form, layers = read_layers(self.model, directory)
+            form, layers, file = read_layers(self.model, directory)
         for layer in layers.values():
             layer.requires_grad_(requires_grad=False)
-        return _Loaded(form, layers, head)
+        factors = _factors(form, layers)
+        return _Loaded(form, layers, head, factors, file if factors else None)
 
     def _refill(self, loaded: _Loaded, directory: Path) -> None:
         """Other numbers for the same layers: read beside the old, whose memory waits for the next."""
-        tensors = read_tensors(directory / WEIGHTS_FILE, loaded.form.header, self._spare)
+        header, file = loaded.form.header, self._spare
+        if file is None or file.header != header:
+            file = FileTensors(header, file.memory if file else None)
+        file.read(directory / WEIGHTS_FILE)
+        tensors = file.tensors
         loaded.form.check_learned(lambda name: is_zero(tensors[name]))
-        for path, layer in loaded.layers.items():
-            for name, parameter in layer.adapter_tensors().items():
-                before = parameter.untyped_storage()
-                parameter.data = tensors[f"{PREFIX}{path}.{name}"]
-        self._spare = torch.empty(0, dtype=torch.uint8).set_(before)
+        for name, factor in loaded.factors.items():
+            factor.data = tensors[name]
+        self._spare, loaded.file = loaded.file, file
 
     def _find(self, name: str) -> _Loaded:
         if name not in self._adapters:
@@ -255,12 +262,26 @@ class LiveModel:
 
 
 def _head(directory: Path) -> bytes:
-    """The config, and the header of the weights; nothing where one is missing."""
-    if not (directory / WEIGHTS_FILE).is_file() or not (directory / CONFIG_FILE).is_file():
+    """The config, and size and header of the weights; nothing where one is missing."""
+    weights = directory / WEIGHTS_FILE
+    if not weights.is_file() or not (directory / CONFIG_FILE).is_file():
         return b""
-    with (directory / WEIGHTS_FILE).open("rb") as file:
-        prefix = file.read(8)
-        return read_config_bytes(directory) + prefix + file.read(header_length(prefix, max_bytes=ADAPTER_HEADER_BYTES))
+    with weights.open("rb") as file:
+        size, prefix = os.fstat(file.fileno()).st_size, file.read(8)
+        header = file.read(header_length(prefix, max_bytes=ADAPTER_HEADER_BYTES))
+        return b"%d " % size + prefix + header + read_config_bytes(directory)
+
+
+def _factors(form: AdapterForm, layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+    """`_Loaded.factors`."""
+    if {info.dtype for info in form.header.tensors} != {"F32"} or not all(map(adds_product, layers.values())):
+        return {}
+    found = {
+        f"{PREFIX}{path}.{name}": tensor
+        for path, layer in layers.items()
+        for name, tensor in layer.adapter_tensors().items()
+    }
+    return found if found.keys() == {info.name for info in form.header.tensors} else {}
 
 
 def _can_merge(layer: AdapterLayer) -> TypeGuard[LoraLayer]:

@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM
 
 from lora_core.adapter import load_adapter
 from lora_core.config import LoraConfig
-from lora_core.errors import BadConfig, KeyMismatch, LoraError, NonFinite, ShapeMismatch, UnknownAdapter
+from lora_core.errors import (
+    BadAdapter,
+    BadConfig,
+    BadHeader,
+    KeyMismatch,
+    LoraError,
+    NonFinite,
+    ShapeMismatch,
+    UnknownAdapter,
+)
 from lora_core.gate import WEIGHTS_FILE
 from lora_core.inject import adapter_layers, inject
 from lora_core.live import LiveModel
@@ -236,6 +245,26 @@ def test_a_refused_replacement_leaves_the_one_before(live, llama, tmp_path, cont
     with pytest.raises(LoraError):
         live.replace("plain", tmp_path)
     assert torch.equal(say(live.model), before)
+
+
+def test_a_replacement_that_has_more_bytes_than_its_header_says_is_refused(live, llama, adapters, tmp_path):
+    live.use("plain")
+    adapter = randomize_adapter(make_peft_adapter(llama, tmp_path / "lora"), seed=7)
+    live.replace("plain", adapter)
+    with (adapter / WEIGHTS_FILE).open("ab") as file:
+        file.write(bytes(8))
+    with pytest.raises(BadHeader, match="bytes"):
+        live.replace("plain", adapter)
+
+
+def test_a_replacement_that_holds_another_bases_matrix_is_refused(live, llama, adapters, tmp_path):
+    adapter = make_peft_adapter(llama, tmp_path / "lora", **SETTINGS["pattern"])
+    before = live.adapters["pattern"]
+    with pytest.raises(BadAdapter, match="another base"):  # random numbers in the place of the copy, too
+        live.replace("pattern", randomize(adapter, seed=5))
+    assert live.adapters["pattern"] == before
+    _restore_copies(adapter, llama)
+    live.replace("pattern", adapter)
 
 
 def test_nothing_changes_under_a_mixed_batch(live, adapters):
