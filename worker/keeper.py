@@ -23,15 +23,15 @@ from worker.attempt import Attempt, Stop
 from worker.host import Host
 from worker.outages import persist
 from worker.protocol import CheckpointMessage, CheckpointNews, ResumedMessage
-from worker.publish import OutputFile, describe, store_output
+from worker.publish import OutputFile, SavedAdapter, describe, store_output
 
 # How long the end of an attempt may wait for its last checkpoint to be stored.
 STORE_SECONDS = {Stop.LOST: 0.0, Stop.CANCEL: 0.0, Stop.DRAIN: 10.0, Stop.DETACHED: math.inf, None: 60.0}
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# What the adapter in a folder, trained to these metrics, is made from; None if it cannot be used.
-DescribeAdapter = Callable[[Path, Mapping[str, float]], dict[str, Any] | None]
+# The adapter in a folder, trained to these metrics; None if it cannot be used.
+DescribeAdapter = Callable[[Path, Mapping[str, float]], SavedAdapter | None]
 
 
 class Superseded(Exception):
@@ -118,7 +118,7 @@ class CheckpointKeeper:
         document = check_document(directory, message.step, files)
         adapter = self._describe_adapter(directory, message.metrics)
         if adapter is not None:
-            files += [OutputFile(**file) for file in adapter["files"]]
+            files += [OutputFile(**file) for file in adapter.manifest["files"]]
         hit("ckpt.hashed")
         blobs: dict[str, uuid.UUID] = {}
         for file in files:
@@ -129,7 +129,7 @@ class CheckpointKeeper:
             "files": [asdict(file) for file in files],
             "fingerprint": asdict(document.fingerprint),
         }
-        manifest["adapter"] = adapter
+        manifest["adapter"] = adapter.manifest if adapter else None
 
         def commit() -> None:
             with transaction(self._host.sessions) as session:
@@ -141,6 +141,7 @@ class CheckpointKeeper:
                     files=blobs,
                     manifest=manifest,
                     metrics=dict(message.metrics),
+                    merge_recipe=adapter.merge_recipe if adapter else None,
                 )
                 hit("ckpt.before_commit")
             hit("ckpt.after_commit")

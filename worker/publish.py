@@ -41,6 +41,14 @@ class OutputFile:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """What may be published of a checkpoint: the manifest of its adapter, and its merge recipe, if it has one."""
+
+    manifest: dict[str, Any]
+    merge_recipe: str | None
+
+
 def publish_adapter(
     host: Host, attempt: Attempt, heart: Heart, inputs: TrainInputs, *, out: Path, result: ResultMessage
 ) -> None:
@@ -52,7 +60,7 @@ def publish_adapter(
     hit("pub.validated")
     recipe = read_recipe(out)
     blobs = store_outputs(host, attempt, out, files)
-    manifest = make_manifest(inputs, files, result) | {"merge_recipe": recipe and {"sha256": digest_text(recipe)}}
+    manifest = make_manifest(inputs, files, result, recipe)
 
     def publish() -> None:
         with transaction(host.sessions) as session:
@@ -90,14 +98,15 @@ def check_trained(out: Path, inputs: TrainInputs) -> None:
         raise JobFailed("bug", "invalid_adapter", "Training made another adapter than the one that was asked for.")
 
 
-def describe_adapter(inputs: TrainInputs, folder: Path, metrics: Mapping[str, float]) -> dict[str, Any] | None:
-    """The manifest of the adapter that lies beside a checkpoint; None if the gate would not let it pass."""
+def describe_adapter(inputs: TrainInputs, folder: Path, metrics: Mapping[str, float]) -> SavedAdapter | None:
+    """The adapter that lies beside a checkpoint; None if the gate would not let it pass."""
     try:
         files = [describe(folder, name) for name in ADAPTER_FILES]
         check_trained(folder, inputs)
+        recipe = read_recipe(folder)
     except JobFailed:
         return None
-    return make_manifest(inputs, files, ResultMessage(metrics=dict(metrics)))
+    return SavedAdapter(make_manifest(inputs, files, ResultMessage(metrics=dict(metrics)), recipe), recipe)
 
 
 def describe(out: Path, name: str) -> OutputFile:
@@ -148,7 +157,9 @@ def conclude(attempt: Attempt, heart: Heart, publish: Callable[[], None]) -> Non
     persist(write, attempt.wait, f"publishing {attempt}")
 
 
-def make_manifest(inputs: TrainInputs, files: Sequence[OutputFile], result: ResultMessage) -> dict[str, Any]:
+def make_manifest(
+    inputs: TrainInputs, files: Sequence[OutputFile], result: ResultMessage, recipe: str | None
+) -> dict[str, Any]:
     """Everything that decided these bytes, as JSON."""
     return {
         "files": [asdict(file) for file in files],
@@ -160,6 +171,7 @@ def make_manifest(inputs: TrainInputs, files: Sequence[OutputFile], result: Resu
         "spec": inputs.spec.model_dump(mode="json"),
         "seed": inputs.spec.seed,
         "metrics": dict(result.metrics),
+        "merge_recipe": recipe and {"sha256": digest_text(recipe)},
         "libraries": {"python": sys.version.split()[0], **{name: library_version(name) for name in LIBRARIES}},
     }
 

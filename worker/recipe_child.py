@@ -1,6 +1,7 @@
 """The merge recipe of an adapter that was just trained. Made here, where transformers is: merges then need none."""
 
 import traceback
+from functools import lru_cache
 from pathlib import Path
 
 from lora_core import strict_json
@@ -24,6 +25,7 @@ def write_recipe(base_dir: Path, adapter_dir: Path) -> bool:
     return True
 
 
+@lru_cache(maxsize=1)  # every checkpoint of a run asks for it
 def _keymap(base_dir: Path) -> Keymap | None:
     """None for a checkpoint that transformers cannot account for in full: its names may still tell enough."""
     config = strict_json.loads((base_dir / "config.json").read_bytes())

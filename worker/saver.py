@@ -23,7 +23,7 @@ class Saver:
         fingerprint: Fingerprint,
         reporter: Reporter,
         *,
-        save_adapter: Callable[[Path], None],
+        save_adapter: Callable[[Path], object],
         seconds: float,
         resumed: bool,
     ) -> None:

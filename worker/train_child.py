@@ -59,8 +59,7 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     if result.early_stopped:
         reporter.note(why_early(result, task.spec))
     reporter.phase("saving")
-    save_adapter(model, adapter_config(task), workspace / OUT)
-    if not write_recipe(task.base_dir, workspace / OUT):
+    if not save_mergeable(model, task, workspace / OUT):
         reporter.note("This adapter cannot be merged into its base; the worker's log says why.")
     return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
 
@@ -82,7 +81,7 @@ def fit(
         workspace / CHECKPOINTS,
         fingerprint,
         reporter,
-        save_adapter=partial(save_adapter, model, config),
+        save_adapter=partial(save_mergeable, model, task),
         seconds=task.checkpoint_seconds,
         resumed=bool(state),
     )
@@ -101,6 +100,12 @@ def fit(
         should_checkpoint=saver.is_due,
     )
     return result, time.monotonic() - started
+
+
+def save_mergeable(model: Any, task: TrainTask, folder: Path) -> bool:
+    """Write the adapter as it is now, and its merge recipe beside it; whether it has one."""
+    save_adapter(model, adapter_config(task), folder)
+    return write_recipe(task.base_dir, folder)
 
 
 def ask_for_repeatable_kernels(*, wanted: bool) -> None:

@@ -33,6 +33,7 @@ def commit_checkpoint(
     files: Mapping[str, uuid.UUID],
     manifest: dict[str, Any],
     metrics: dict[str, Any],
+    merge_recipe: str | None = None,
 ) -> Literal["ok", "replayed"]:
     """Makes these stored blobs the job's newest checkpoint, and prunes; FenceLost when it is no longer this owner's.
 
@@ -45,7 +46,9 @@ def commit_checkpoint(
     if furthest is None or step > furthest:
         job.infra_failures = 0
     take_refs(session, files.values())
-    checkpoint = Checkpoint(job_id=job_id, fence=fence, step=step, manifest=manifest, metrics=metrics)
+    checkpoint = Checkpoint(
+        job_id=job_id, fence=fence, step=step, manifest=manifest, metrics=metrics, merge_recipe=merge_recipe
+    )
     session.add(checkpoint)
     session.flush()
     session.add_all(
@@ -78,7 +81,7 @@ def mark_corrupt(session: Session, *, job_id: uuid.UUID, fence: int, checkpoint_
     step = session.scalar(
         update(Checkpoint)
         .where(Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id, IS_COMMITTED)
-        .values(state="corrupt")
+        .values(state="corrupt", merge_recipe=None)
         .returning(Checkpoint.step)
     )
     if step is None:
@@ -106,7 +109,7 @@ def prune_checkpoints(session: Session, job_id: uuid.UUID, *, keep: int) -> int:
     """Drops the files of all but the `keep` furthest checkpoints; answers how many. The caller holds the job's lock."""
     query = select(Checkpoint.id).where(Checkpoint.job_id == job_id, IS_COMMITTED)
     surplus = session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.fence.desc()).offset(keep)).all()
-    session.execute(update(Checkpoint).where(Checkpoint.id.in_(surplus)).values(state="pruned"))
+    session.execute(update(Checkpoint).where(Checkpoint.id.in_(surplus)).values(state="pruned", merge_recipe=None))
     _drop_files(session, surplus)
     return len(surplus)
 

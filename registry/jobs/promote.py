@@ -53,6 +53,7 @@ def promote_checkpoint(
         manifest=manifest,
         digest=manifest_digest(manifest),
         metrics=checkpoint.metrics,
+        merge_recipe=checkpoint.merge_recipe,
     )
     session.add(version)
     session.flush()

@@ -28,6 +28,9 @@ class Checkpoint(Base):
     step: Mapped[int] = mapped_column(BigInteger, comment="optimizer steps that are in it")
     manifest: Mapped[Json] = mapped_column(comment="files with size and digest")
     metrics: Mapped[Json] = mapped_column(comment="how training stood: losses by name")
+    merge_recipe: Mapped[str | None] = mapped_column(
+        deferred=True, comment="of its adapter, while its files are kept; null: made from headers when needed"
+    )
     state: Mapped[str] = mapped_column(server_default=text("'committed'"))
     created_at: Mapped[Created]
 

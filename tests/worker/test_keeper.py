@@ -1,9 +1,12 @@
 """What the supervisor does with checkpoints of a child that may be broken, on a store that may be away."""
 
+import hashlib
 import math
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,21 @@ from sqlalchemy import select
 from lora_core.checkpoint import DOCUMENT_FILE, TENSORS_FILE, Fingerprint
 from lora_core.state import TrainState, save_checkpoint
 from registry.db import transaction
+from registry.errors import CheckpointNotPublishable
 from registry.jobs.checkpoints import newest_checkpoints
+from registry.jobs.inputs import train_inputs
 from registry.jobs.lease import claim
+from registry.jobs.promote import promote_checkpoint
 from registry.models import Checkpoint, Job, JobAttempt, fence_seq
 from tests.worker.depot import Depot, wait_until
 from worker.attempt import Attempt, Stop
 from worker.host import Host
 from worker.inputs import fetch_checkpoint
-from worker.keeper import STORE_SECONDS, CheckpointKeeper
+from worker.keeper import STORE_SECONDS, CheckpointKeeper, keep_checkpoints
+from worker.merge_recipe import RECIPE_FILE, read_recipe
 from worker.protocol import CheckpointMessage, ResumedMessage
+from worker.publish import describe_adapter
+from worker.recipe_child import write_recipe
 
 
 @pytest.fixture
@@ -78,6 +87,33 @@ def test_a_checkpoint_is_stored_committed_and_cleared_away(
         row = session.scalars(select(Checkpoint)).one()
         assert row.metrics == {"train_loss": 0.5}
         assert [file["path"] for file in row.manifest["files"]] == [DOCUMENT_FILE, TENSORS_FILE]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_adapter_of_a_checkpoint_is_published_with_its_merge_recipe(
+    depot: Depot, host: Host, attempt: Attempt, job: Job, folder: Path, base_dir: Path, adapter_dir: Path, damaged: bool
+) -> None:
+    message = save(folder, 5)
+    shutil.copytree(adapter_dir, folder / "5", dirs_exist_ok=True)
+    assert write_recipe(base_dir, folder / "5")
+    recipe = read_recipe(folder / "5")
+    assert recipe is not None
+    if damaged:
+        (folder / "5" / RECIPE_FILE).write_text("{}")
+    with transaction(depot.sessions) as session:
+        inputs = train_inputs(session, job)
+    with keep_checkpoints(host, attempt, folder, partial(describe_adapter, inputs)) as keeper:
+        keeper.hear(message)
+    with transaction(depot.sessions) as session:
+        (saved,) = newest_checkpoints(session, job.id)
+        wanted = {"tenant_id": job.tenant_id, "job_id": job.id, "checkpoint_id": saved.id}
+        if damaged:
+            with pytest.raises(CheckpointNotPublishable):
+                promote_checkpoint(session, **wanted)
+            return
+        version = promote_checkpoint(session, **wanted).version
+        assert version.merge_recipe == recipe
+        assert version.manifest["merge_recipe"] == {"sha256": hashlib.sha256(recipe.encode()).hexdigest()}
 
 
 def missing(folder: Path) -> CheckpointMessage:

@@ -5,9 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from lora_core.adapter import save_adapter
+from lora_core.config import LoraConfig
+from lora_core.errors import KeyMismatch
+from lora_core.inject import inject
 from lora_core.plan import plan_merge
 from lora_core.recipe import Recipe
+from tests.lora_core.test_keymap import DOWN, GATE_UP, make_moe
 from worker.errors import JobFailed
 from worker.merge_recipe import RECIPE_FILE, read_recipe
 from worker.recipe_child import write_recipe
@@ -35,6 +41,21 @@ def test_a_base_that_transformers_does_not_know_is_planned_by_names(base_dir: Pa
     (strange / "config.json").write_text(json.dumps(config | {"model_type": "not_in_transformers"}))
     assert write_recipe(strange, out)
     assert read_recipe(out)
+
+
+def test_experts_that_lie_one_by_one_are_merged_by_their_recipe(tmp_path: Path) -> None:
+    base, adapter = make_moe(tmp_path / "base", "mixtral"), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=(), target_parameters=(GATE_UP, DOWN))
+    inject(model, config, seed=0)
+    save_adapter(model, config, adapter)
+    with pytest.raises(KeyMismatch):
+        plan_merge(base, adapter)
+    assert write_recipe(base, adapter)
+    text = read_recipe(adapter)
+    assert text is not None
+    merged = Recipe.from_json(text.encode()).tensors
+    assert len(merged) == 2 * 3 * 3  # layers, experts, matrices of an expert
 
 
 def test_an_adapter_that_does_not_fit_has_none(base_dir: Path, out: Path, tmp_path: Path) -> None:

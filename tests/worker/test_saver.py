@@ -10,6 +10,7 @@ from lora_core.checkpoint import DOCUMENT_FILE, TENSORS_FILE
 from registry.jobs.spec import TrainSpec
 from tests.tiny import make_rows, write_jsonl
 from tests.worker.depot import LORA
+from worker.merge_recipe import read_recipe
 from worker.protocol import (
     AnyMessage,
     CheckpointMessage,
@@ -93,6 +94,12 @@ def test_a_child_goes_on_where_another_one_was(first: Child, tmp_path: Path) -> 
     assert second.said(ResumedMessage) == [ResumedMessage(step=2, differences=[])]
     assert second.steps() == [3, 4]
     assert second.adapter() == first.adapter()
+
+
+def test_an_adapter_beside_a_checkpoint_has_its_merge_recipe(first: Child) -> None:
+    recipe = read_recipe(first.home / OUT)
+    assert recipe is not None
+    assert {read_recipe(first.checkpoint(step)) for step in first.saved()} == {recipe}
 
 
 def test_a_run_that_was_complete_is_only_saved_again(first: Child, tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from registry.jobs.checkpoints import commit_checkpoint, newest_checkpoints
 from registry.jobs.fail import fail
 from registry.jobs.lease import release
 from registry.jobs.promote import Promoted, promote_checkpoint, published_as
-from registry.models import Job, LineageEdge, Version, VersionFile
+from registry.models import Checkpoint, Job, LineageEdge, Version, VersionFile
 from tests.factories import make_blob, make_tenant
 from tests.registry.jobs.helpers import claimed, publish, race
 from tests.registry.refs import assert_refs_match_rows
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+RECIPE = '{"a": "recipe"}'
 
 
 def save(sessions: SessionFactory, job: Job, step: int = 10, *, usable: bool = True) -> uuid.UUID:
@@ -34,7 +35,8 @@ def save(sessions: SessionFactory, job: Job, step: int = 10, *, usable: bool = T
     manifest: dict[str, Any] = {"files": listed, "adapter": {"files": listed, "seed": 1} if usable else None}
     with transaction(sessions) as session:
         owner = {"job_id": job.id, "fence": job.fence or 0}
-        commit_checkpoint(session, **owner, step=step, files=files, manifest=manifest, metrics={"train_loss": 0.5})
+        told: dict[str, Any] = {"metrics": {"train_loss": 0.5}, "merge_recipe": RECIPE}
+        commit_checkpoint(session, **owner, step=step, files=files, manifest=manifest, **told)
         return newest_checkpoints(session, job.id, limit=1)[0].id
 
 
@@ -65,6 +67,7 @@ def test_a_checkpoint_of_a_failed_job_becomes_a_version(sessions: SessionFactory
         version = session.scalars(select(Version)).one()
         assert (version.version, version.job_id, version.checkpoint_id) == (1, None, checkpoint_id)
         assert version.manifest["checkpoint"] == {"job": job.id.hex, "step": 10}
+        assert version.merge_recipe == RECIPE
         files = session.scalars(select(VersionFile.path).order_by(VersionFile.path)).all()
         assert files == list(ADAPTER)
         assert set(session.scalars(select(LineageEdge.relation))) >= {"based_on"}
@@ -105,6 +108,8 @@ def test_what_was_published_outlives_the_checkpoint(sessions: SessionFactory) ->
     assert forget_checkpoints(sessions, older_than=timedelta(0)) == 0
     with sessions() as session:
         assert_refs_match_rows(session)
+        assert session.scalars(select(Version.merge_recipe)).one() == RECIPE
+        assert session.scalars(select(Checkpoint.merge_recipe)).all() == [None, None]
         assert all(file.blob.refs == 1 for file in session.scalars(select(VersionFile)))
     assert not promote(sessions, job, first).created
     with pytest.raises(CheckpointNotFound):
