@@ -30,12 +30,8 @@ def _migrate(connection: Connection) -> None:
     connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
     try:
         connection.commit()
-        context.configure(
-            connection=connection,
-            target_metadata=Base.metadata,
-            transaction_per_migration=True,
-            compare_server_default=True,
-        )
+        # All steps in one transaction: one that refuses, or fails, leaves the schema as it was before the first.
+        context.configure(connection=connection, target_metadata=Base.metadata, compare_server_default=True)
         with context.begin_transaction():
             context.run_migrations()
         connection.commit()

@@ -7,10 +7,14 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, inspect, text
+from alembic.util import CommandError
+from sqlalchemy import Engine, create_engine, inspect, select, text
 
-from registry.models import Base
+from registry.db import make_sessions
+from registry.models import Base, Version
 from tests.conftest import alembic_config
+from tests.registry.jobs.helpers import claimed
+from tests.registry.jobs.test_promote import promote, save
 
 
 @pytest.fixture
@@ -35,6 +39,32 @@ def test_up_down_up_ends_where_it_began(empty_url: str) -> None:
     command.upgrade(config, "head")
     assert set(inspect(engine).get_table_names()) == {"alembic_version", *Base.metadata.tables}
     engine.dispose()
+
+
+def test_a_downgrade_that_would_lose_versions_is_refused_before_it_changes_anything(empty_url: str) -> None:
+    config = alembic_config(empty_url)
+    command.upgrade(config, "head")
+    engine = create_engine(empty_url)
+    sessions = make_sessions(engine)
+    job = claimed(sessions)
+    promote(sessions, job, save(sessions, job))
+    before = schema_of(engine)
+    with pytest.raises(CommandError, match=r"Versions were published from checkpoints \(1\).* stay at 0009 or later"):
+        command.downgrade(config, "base")
+    assert schema_of(engine) == before
+    with sessions() as session:
+        assert session.scalars(select(Version.merge_recipe)).one()
+    engine.dispose()
+
+
+def schema_of(engine: Engine) -> tuple[list[str], list[tuple[str, str]]]:
+    """The revision, and every column of every table."""
+    columns = (
+        "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public' ORDER BY 1, 2"
+    )
+    with engine.connect() as connection:
+        revision = connection.scalars(text("SELECT version_num FROM alembic_version")).all()
+        return list(revision), [(table, column) for table, column in connection.execute(text(columns))]
 
 
 def test_models_and_migrations_agree(engine: Engine) -> None:

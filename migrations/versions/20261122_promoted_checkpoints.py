@@ -6,6 +6,7 @@ Revises: 0008
 
 import sqlalchemy as sa
 from alembic import op
+from alembic.util import CommandError
 
 revision = "0009"
 down_revision = "0008"
@@ -27,6 +28,14 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # Before 0009 a version without a job of its own cannot be, and a version is for ever, deleted or not.
+    op.execute("LOCK TABLE versions")
+    made = op.get_bind().scalar(sa.text("SELECT count(*) FROM versions WHERE checkpoint_id IS NOT NULL"))
+    if made:
+        raise CommandError(
+            f"Versions were published from checkpoints ({made}), which the schema before 0009 cannot hold. Nothing was "
+            "changed: stay at 0009 or later, or restore the backup that was made before the upgrade."
+        )
     op.drop_constraint(op.f(CHECK), "versions", type_="check")
     op.drop_column("versions", "checkpoint_id")
     op.alter_column("versions", "job_id", nullable=False)
