@@ -27,16 +27,26 @@ _WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _FORBIDDEN = frozenset({"auto_map", "custom_generate", "custom_pipelines", "quantization_config", "trust_remote_code"})
 # No slash: it would name a repository or a path, such as an attention kernel to download.
 _CONFIG_TEXT = re.compile(r"[A-Za-z0-9_.,:+|\- ]{0,200}")
+_EXPERT_PARAMETERS = {
+    **dict.fromkeys(("w1", "w3", "gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("w2", "down_proj"), "down_proj"),
+}
+_EXPERT = re.compile(
+    rf"(?P<layer>.+\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.(?P<name>{'|'.join(_EXPERT_PARAMETERS)})\.weight"
+)
 _FREE_TEXT = frozenset({"_name_or_path"})
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """`linear_modules`: path → (out, in). `tied`: the output layer shares the matrix of the input embedding."""
+    """`linear_modules`: path → (out, in); `expert_parameters`: path → (experts, out, in), as the model stacks them.
+
+    `tied`: the output layer shares the matrix of the input embedding."""
 
     architecture: str
     dtype: str
     linear_modules: Mapping[str, tuple[int, int]]
+    expert_parameters: Mapping[str, tuple[int, int, int]]
     parameter_count: int
     tied: bool
 
@@ -96,6 +106,7 @@ def inspect_base(
         architecture=family,
         dtype=_dtype(headers),
         linear_modules=modules,
+        expert_parameters=_expert_parameters(tensors.values()),
         parameter_count=sum(prod(tensor.shape) for tensor in tensors.values()),
         tied=OUTPUT_LAYER not in modules or config.get("tie_word_embeddings") is True,
     )
@@ -123,6 +134,23 @@ def _linear_modules(family: str, tensors: Iterable[TensorInfo]) -> dict[str, tup
         columns, rows = tensor.shape if is_conv1d(family, last) else tensor.shape[::-1]
         found[path] = (rows, columns)
     return dict(sorted(found.items()))
+
+
+def _expert_parameters(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, int, int]]:
+    """What the model makes of the matrices of single experts: one parameter for all, whose gates lie above the rest."""
+    experts: dict[str, set[str]] = {}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor in tensors:
+        if found := _EXPERT.fullmatch(tensor.name):
+            path = f"{found['layer']}.mlp.experts.{_EXPERT_PARAMETERS[found['name']]}"
+            experts.setdefault(path, set()).add(found["expert"])
+            parts.setdefault(path, {})[found["name"]] = tensor.shape
+    stacked = {path: [*shapes.values()] for path, shapes in sorted(parts.items())}
+    return {
+        path: (len(experts[path]), sum(shape[0] for shape in shapes), shapes[0][1])
+        for path, shapes in stacked.items()
+        if all(len(shape) == 2 for shape in shapes)
+    }
 
 
 def _family(config: Mapping[str, Any], kinds: Collection[Kind]) -> str:

@@ -110,6 +110,8 @@ class LoraConfig:
             raise BadConfig(f"target_parameters holds {nameless[0]}; it must name the module as well")
         if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out):
             raise BadConfig("lora_dropout, use_dora, lora_bias and fan_in_fan_out do not go with target_parameters")
+        if self.target_parameters and self.init_lora_weights in CHANGE_THE_START:
+            raise BadConfig("target_parameters start as true or gaussian: experts have no principal directions here")
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise BadConfig(f"task_type must be null or one of {', '.join(TASK_TYPES)}, not {self.task_type!r}")
         for name in ("base_model_name_or_path", "revision"):

@@ -71,6 +71,7 @@ def inspect_base(store: ObjectStore, files: Mapping[str, Blob]) -> BaseFacts:
         parameters=found.parameter_count,
         facts={
             "linear_modules": {path: list(shape) for path, shape in found.linear_modules.items()},
+            "expert_parameters": {path: list(shape) for path, shape in found.expert_parameters.items()},
             "tied": found.tied,
             "context_length": context if type(context) is int and context > 0 else None,
             "vocab_size": config["vocab_size"],

@@ -135,6 +135,7 @@ def base_model_object(base: BaseModel) -> BaseModelObject:
         parameters=base.parameters,
         digest=digest(base.digest),
         linear_modules=sorted({path.rpartition(".")[2] for path in modules}),
+        expert_parameters=sorted({".".join(path.split(".")[-3:]) for path in base.facts.get("expert_parameters", {})}),
         files=stored_objects(base.files),
         created_at=unix(base.created_at),
     )

@@ -53,6 +53,7 @@ BASE_MODEL = {
     "parameters": 596049920,
     "digest": DIGEST,
     "linear_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "expert_parameters": [],
     "files": [{"path": "model.safetensors", "bytes": 1192000000, "sha256": _SHA256}],
     "created_at": 1790000000,
 }
@@ -135,7 +136,8 @@ class AliasDeleted(BaseModel):
 
 
 class BaseModelObject(BaseModel):
-    """A frozen base. `linear_modules` are the names that `target_modules` may use."""
+    """A frozen base. `linear_modules` are the names that `target_modules` may use, `expert_parameters` those for
+    `target_parameters`."""
 
     model_config = shown(BASE_MODEL)
 
@@ -148,6 +150,7 @@ class BaseModelObject(BaseModel):
     parameters: int
     digest: str
     linear_modules: list[str]
+    expert_parameters: list[str]
     files: list[StoredObject]
     created_at: int
 

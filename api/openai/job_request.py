@@ -80,6 +80,9 @@ class LoraIn(Body):
     )
     modules_to_save: list[str] | None = Field(default=None, description="Suffixes of modules to train whole")
     trainable_token_indices: list[int] | None = Field(default=None, description="Tokens whose embeddings are trained")
+    target_parameters: list[str] | None = Field(
+        default=None, description="Parameters of experts to adapt, such as mlp.experts.gate_up_proj"
+    )
     use_rslora: bool | None = Field(default=None, description="Scale by lora_alpha / √r instead. Default false")
     use_dora: bool | None = Field(default=None, description="Train magnitudes apart from directions. Default false")
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] | None = Field(

@@ -19,11 +19,12 @@ def check_lora(lora: LoraSpec, base_model: BaseModel) -> None:
     modules = sorted({*shapes, f"{family.trunk or 'model.'}{family.embedding}", OUTPUT_LAYER})
     config = lora.config()
     targets = _targets(config, modules, shapes)
+    experts = _experts(config, base_model.facts.get("expert_parameters", {}))
     for name in ("exclude_modules", "modules_to_save"):
         _check_names(name, getattr(config, name), modules)
     for name in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(name, getattr(config, name), targets)
-    _check_ranks(config, targets, shapes)
+        _check_patterns(name, getattr(config, name), [*targets, *experts])
+    _check_ranks(config, [*targets, *experts], shapes | {path: shape[1:] for path, shape in experts.items()})
     _check_together(lora, config, targets, family.embedding)
     vocabulary = base_model.facts["vocab_size"]
     if large := [token for token in lora.trainable_token_indices if token >= vocabulary]:
@@ -37,12 +38,28 @@ def _targets(config: LoraConfig, modules: list[str], shapes: Mapping[str, list[i
         targets = match_targets(config, modules, [path for path in shapes if not matches(path, OUTPUT_LAYER)])
     except lora_errors.UnknownTargetModules as error:
         raise UnknownTargetModules(error.message, param="lora.target_modules", **error.details) from None
-    if not targets:
+    if not targets and not config.target_parameters:
         raise InvalidHyperparameter(
             "No module is left to adapt: all targets are excluded, saved whole, or outside `layers_to_transform`.",
             param="lora.target_modules",
         )
     return targets
+
+
+def _experts(config: LoraConfig, parameters: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Path → (experts, out, in) of the parameters that are adapted."""
+    existing = {end for path in parameters for end in ends(path)}
+    if unknown := [name for name in config.target_parameters if name not in existing]:
+        available = sorted({".".join(path.split(".")[-3:]) for path in parameters})
+        raise UnknownTargetModules(
+            f"the base model has no parameter of experts named {', '.join(unknown)}; it has "
+            f"{', '.join(available) or 'none'}",
+            param="lora.target_parameters",
+            unknown=unknown,
+            available=available,
+        )
+    wanted = set(config.target_parameters)
+    return {path: shape for path, shape in parameters.items() if not wanted.isdisjoint(ends(path))}
 
 
 def _check_names(field: str, names: Iterable[str], modules: Iterable[str]) -> None:

@@ -22,7 +22,8 @@ class Spec(BaseModel):
 class LoraSpec(Spec):
     """PEFT's fields. `lora_alpha` absent or null means 2·r, so that scaling is 2.
 
-    `trainable_token_indices` are rows of the input embedding, which a tied output layer shares."""
+    `trainable_token_indices` are rows of the input embedding, which a tied output layer shares. `target_parameters` are
+    those of experts; with them, `target_modules` may be empty."""
 
     r: int = Field(default=16, ge=1, le=MAX_RANK)
     lora_alpha: float = Field(default=32.0, gt=0, le=1e9)
@@ -35,6 +36,7 @@ class LoraSpec(Spec):
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] = []
     trainable_token_indices: list[int] = []
+    target_parameters: list[str] = []
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
@@ -76,6 +78,7 @@ class LoraSpec(Spec):
             bias=self.bias,
             modules_to_save=tuple(self.modules_to_save),
             trainable_token_indices={"": tuple(self.trainable_token_indices)} if self.trainable_token_indices else {},
+            target_parameters=tuple(self.target_parameters),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=True if start == "kaiming" else start,

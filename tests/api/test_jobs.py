@@ -13,6 +13,7 @@ from registry.db import SessionFactory, transaction
 from registry.ids import parse_id
 from registry.models import Job, Outbox, Tenant
 from tests.api.conftest import BASE, bearer, refused, upload
+from tests.factories import make_base_model
 
 Submit = Callable[..., Any]
 
@@ -145,6 +146,17 @@ class TestCreate:
         preset = submit(lora={"target_modules": "paper", "trainable_token_indices": [5, 3]}).json()["lora"]
         assert (preset["target_modules"], preset["trainable_token_indices"]) == ("paper", [5, 3])
 
+    def test_parameters_of_experts_are_named_by_the_base_and_taken(
+        self, client: TestClient, submit: Submit, sessions: SessionFactory
+    ) -> None:
+        with transaction(sessions) as session:
+            base = make_base_model(session, name="moe", architecture="mixtral")
+            base.facts = {**base.facts, "expert_parameters": {"model.layers.0.mlp.experts.down_proj": [4, 32, 16]}}
+        names = client.get("/v1/base-models/moe").json()["expert_parameters"]
+        assert names == ["mlp.experts.down_proj"]
+        shown = submit(model="moe", lora={"target_modules": [], "target_parameters": names}).json()["lora"]
+        assert (shown["target_modules"], shown["target_parameters"]) == ([], names)
+
     @pytest.mark.parametrize(
         ("lora", "code", "param", "words"),
         [
@@ -173,6 +185,25 @@ class TestCreate:
             ),
             ({"use_dora": True, "init_lora_weights": "pissa"}, "invalid_hyperparameter", "lora", "use_dora"),
             ({"r": 600, "init_lora_weights": "olora"}, "invalid_hyperparameter", "lora", "twice the rank"),
+            (
+                {"target_parameters": ["mlp.experts.down_proj"]},
+                "unknown_target_modules",
+                "lora.target_parameters",
+                "it has none",
+            ),
+            ({"target_parameters": ["down_proj"]}, "invalid_hyperparameter", "lora", "name the module"),
+            (
+                {"target_parameters": ["experts.down_proj"], "lora_dropout": 0.1},
+                "invalid_hyperparameter",
+                "lora",
+                "lora_dropout",
+            ),
+            (
+                {"target_parameters": ["experts.down_proj"], "init_lora_weights": "pissa"},
+                "invalid_hyperparameter",
+                "lora",
+                "principal directions",
+            ),
             ({"loraplus_lr_ratio": 0.5}, "invalid_hyperparameter", "lora.loraplus_lr_ratio", "at least 1"),
         ],
     )
@@ -318,8 +349,6 @@ class TestCreate:
         assert {e["param"] for e in error["details"]["errors"]} == {"model", "lora.r", "lora.rank"}
 
     def test_adapter_of_another_base(self, submit: Submit, sessions: SessionFactory) -> None:
-        from tests.factories import make_base_model
-
         submit(lora={"adapter": "shared"})
         with transaction(sessions) as session:
             make_base_model(session, name="second")

@@ -31,6 +31,8 @@ def test_facts_agree_with_the_model_that_transformers_builds(tmp_path, family, s
     }
     assert facts.parameter_count == sum(parameter.numel() for parameter in model.parameters())
     assert (facts.architecture, facts.dtype, facts.tied) == (family, "bfloat16", False)
+    stacked = {name: tuple(p.shape) for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
+    assert facts.expert_parameters == stacked
 
 
 def test_a_tied_base_has_no_output_layer_of_its_own(tmp_path):

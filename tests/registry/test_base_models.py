@@ -99,8 +99,9 @@ class TestCreate:
         assert (base.architecture, base.dtype) == ("llama", "float32")
         assert base.facts["linear_modules"]["model.layers.0.mlp.down_proj"] == [32, 64]
         assert len(base.facts["linear_modules"]) == 2 * 7 + 1
-        assert {key: base.facts[key] for key in ("tied", "context_length", "vocab_size")} == {
+        assert {key: base.facts[key] for key in ("tied", "context_length", "vocab_size", "expert_parameters")} == {
             "tied": False,
+            "expert_parameters": {},
             "context_length": 256,
             "vocab_size": 320,
         }

@@ -116,14 +116,16 @@ def upload(depot: Depot, path: Path, purpose: Any) -> File:
         )
 
 
-def make_depot(sessions: SessionFactory, store: ObjectStore, scratch: Path, base_dir: Path) -> Depot:
+def make_depot(
+    sessions: SessionFactory, store: ObjectStore, scratch: Path, base_dir: Path, *, name: str = BASE_NAME
+) -> Depot:
     with transaction(sessions) as session:
         tenant = default_tenant(session)
     depot = Depot(sessions, store, scratch, tenant, base=None)  # type: ignore[arg-type]  # set below
     files = {path.name: upload(depot, path, "base-model").id for path in sorted(base_dir.iterdir())}
     with transaction(sessions) as session:
         depot.base = create_base_model(
-            session, store=store, tenant_id=tenant.id, name=BASE_NAME, source="upload", revision=None, files=files
+            session, store=store, tenant_id=tenant.id, name=name, source="upload", revision=None, files=files
         )
     return depot
 

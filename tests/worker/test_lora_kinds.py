@@ -21,6 +21,7 @@ from worker.reporter import Reporter
 from worker.task import TrainTask
 from worker.train_child import train_adapter
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 QV = ["q_proj", "v_proj"]
 
 
@@ -32,6 +33,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory, base_dir: Path) -> dict[str,
         "tied": make_base(folder / "tied", tie=True),
         "gpt2": make_base(folder / "gpt2", "gpt2"),
         "phi3": make_base(folder / "phi3", "phi3"),
+        "mixtral": make_base(folder / "mixtral", "mixtral"),
+        "qwen2_moe": make_base(folder / "qwen2_moe", "qwen2_moe"),
     }
 
 
@@ -54,6 +57,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         ("gpt2", {"target_modules": "paper", "bias": "all"}),
         ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "bias": "lora_only"}),
         ("phi3", {"target_modules": "paper", "use_rslora": True}),
+        ("mixtral", {"target_modules": [], "target_parameters": EXPERTS, "init_lora_weights": "gaussian"}),
+        ("mixtral", {"target_modules": QV, "target_parameters": EXPERTS[:1], "use_rslora": True}),
+        ("qwen2_moe", {"target_parameters": EXPERTS, "rank_pattern": {"layers.1.mlp.experts.down_proj": 2}}),
     ],
 )
 def test_the_adapter_passes_the_gate_and_its_recipe_gives_the_model_that_others_load(

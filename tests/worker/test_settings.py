@@ -1,21 +1,30 @@
 """Settings of jobs that change how training goes, from submit to what others load, under the real worker."""
 
 import hashlib
+import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from sqlalchemy import select
+from transformers import AutoModelForCausalLM
 
-from lora_core.gate import WEIGHTS_FILE
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE
 from lora_core.model import load_base
 from lora_core.task import packs
-from registry.jobs.spec import TrainSpec
-from registry.models import Version
-from tests.tiny import make_rows, write_jsonl
+from registry.db import SessionFactory, transaction
+from registry.jobs.spec import MergeOptions, TrainSpec
+from registry.merges import request_merge
+from registry.models import Merge, MergeFile, Version, VersionFile
+from registry.storage import ObjectStore
+from tests.tiny import make_base, make_rows, write_jsonl
 from tests.worker.conftest import StartWorker
-from tests.worker.depot import BASE_NAME, LORA, Depot, metrics_of, wait_until
+from tests.worker.depot import BASE_NAME, LORA, Depot, make_depot, metrics_of, wait_until
+from tests.worker.test_main_job import download, logits
 from worker.reporter import Reporter
 from worker.task import OUT, TrainTask
 from worker.train_child import goal_of, train_adapter, train_config
@@ -43,6 +52,32 @@ def trained(base_dir: Path, home: Path, **settings: Any) -> str:
     return hashlib.sha256((home / OUT / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
+def succeeded(depot: Depot, job_id: uuid.UUID) -> None:
+    wait_until(lambda: depot.job(job_id).state in {"succeeded", "failed"}, seconds=120)
+    assert depot.job(job_id).state == "succeeded", depot.job(job_id).error_message
+
+
+def merged_as_peft_says(depot: Depot, base_dir: Path, folder: Path) -> dict[str, Any]:
+    """The configuration of the one adapter there is, once its stored merge says what PEFT makes of base and adapter."""
+    with transaction(depot.sessions) as session:
+        version = session.scalars(select(Version)).one()
+        files = list(session.scalars(select(VersionFile)))
+        merge, _ = request_merge(session, version=version, options=MergeOptions(dtype="float32"))
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    before = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, download(depot, files, folder / "adapter")))
+    assert not torch.allclose(before, adapted, atol=1e-3)
+    succeeded(depot, merge.job_id)
+    with transaction(depot.sessions) as session:
+        merged_files = list(session.scalars(select(MergeFile)))
+        report = session.scalars(select(Merge)).one().report
+    merged = AutoModelForCausalLM.from_pretrained(download(depot, merged_files, folder / "merged"))
+    torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
+    assert report is not None
+    assert report["canary"]["run"]
+    return json.loads((folder / "adapter" / CONFIG_FILE).read_bytes())
+
+
 def test_a_run_that_no_longer_learns_ends_early_and_says_so(depot: Depot, start_worker: StartWorker) -> None:
     start_worker(APP)
     # the answers of one file are what the other unlearns
@@ -51,8 +86,7 @@ def test_a_run_that_no_longer_learns_ends_early_and_says_so(depot: Depot, start_
     job_id = depot.submit(
         rows=rows, validation=turned, n_epochs=200, eval_steps=1, early_stopping_patience=2, learning_rate=0.03
     )
-    wait_until(lambda: depot.job(job_id).state in {"succeeded", "failed"}, seconds=120)
-    assert depot.job(job_id).state == "succeeded", depot.job(job_id).error_message
+    succeeded(depot, job_id)
     with depot.sessions() as session:
         metrics = session.scalars(select(Version.metrics)).one()
     assert metrics is not None
@@ -70,8 +104,7 @@ def test_a_run_that_no_longer_learns_ends_early_and_says_so(depot: Depot, start_
 def test_a_run_that_ends_by_itself_does_not_say_early(depot: Depot, start_worker: StartWorker) -> None:
     start_worker(APP)
     job_id = depot.submit(validation=make_rows(4), early_stopping_patience=1000, activation_checkpointing=True)
-    wait_until(lambda: depot.job(job_id).state in {"succeeded", "failed"}, seconds=120)
-    assert depot.job(job_id).state == "succeeded", depot.job(job_id).error_message
+    succeeded(depot, job_id)
     with depot.sessions() as session:
         metrics = session.scalars(select(Version.metrics)).one()
     assert metrics is not None
@@ -102,3 +135,16 @@ def test_rows_share_a_row_only_where_that_is_asked_for(base_dir: Path) -> None:
 )
 def test_the_trainer_gets_what_the_job_says(name: str, value: Any) -> None:
     assert getattr(train_config(TrainSpec.model_validate({name: value})), name) == value
+
+
+def test_experts_are_trained_published_and_merged(
+    sessions: SessionFactory, store: ObjectStore, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    base_dir = make_base(tmp_path / "mixtral", "mixtral")
+    depot = make_depot(sessions, store, tmp_path, base_dir, name="tiny/mixtral")
+    start_worker(APP)
+    names = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": names}
+    succeeded(depot, depot.submit(lora=lora))
+    config = merged_as_peft_says(depot, base_dir, tmp_path)
+    assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], names)

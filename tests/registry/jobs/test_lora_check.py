@@ -13,6 +13,16 @@ from registry.models import BaseModel
 PATHS = {f"transformer.h.{layer}.{name}": [48, 16] for layer in range(2) for name in ("attn.c_attn", "mlp.c_fc")}
 GPT2 = BaseModel(architecture="gpt2", facts={"linear_modules": PATHS, "tied": True, "vocab_size": 64})
 
+MIXTRAL = BaseModel(
+    architecture="mixtral",
+    facts={
+        "linear_modules": {f"model.layers.{layer}.self_attn.q_proj": [16, 16] for layer in range(2)},
+        "expert_parameters": {f"model.layers.{layer}.mlp.experts.down_proj": [4, 16, 8] for layer in range(2)},
+        "tied": False,
+        "vocab_size": 64,
+    },
+)
+
 
 @pytest.mark.parametrize(
     "lora",
@@ -44,6 +54,38 @@ def test_what_fits_is_let_through(lora: dict[str, Any]) -> None:
 def test_what_does_not_is_refused_by_the_name_of_its_field(lora: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidHyperparameter) as caught:
         check_lora(LoraSpec.model_validate({"r": 4, **lora}), GPT2)
+    assert caught.value.param == param
+
+
+DOWN = "mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": []},
+        {"target_modules": ["q_proj"], "rank_pattern": {DOWN: 8, "q_proj": 16}, "use_rslora": True},
+        {"alpha_pattern": {f"layers.1.{DOWN}": 3.0}, "init_lora_weights": "gaussian"},
+    ],
+)
+def test_parameters_of_experts_are_let_through(lora: dict[str, Any]) -> None:
+    check_lora(LoraSpec.model_validate({"r": 4, "target_parameters": [DOWN], **lora}), MIXTRAL)
+
+
+@pytest.mark.parametrize(
+    ("lora", "param", "error"),
+    [
+        ({"target_parameters": ["mlp.experts.up_proj"]}, "lora.target_parameters", UnknownTargetModules),
+        ({"target_parameters": ["q_proj.weight"]}, "lora.target_parameters", UnknownTargetModules),
+        ({"r": 9}, "lora.r", InvalidHyperparameter),
+        ({"rank_pattern": {DOWN: 9}}, "lora.rank_pattern", InvalidHyperparameter),
+        ({"rank_pattern": {"gate_up_proj": 2}}, "lora.rank_pattern", InvalidHyperparameter),
+    ],
+)
+def test_parameters_that_the_base_has_not(lora: dict[str, Any], param: str, error: type[InvalidHyperparameter]) -> None:
+    asked = {"r": 4, "target_modules": [], "target_parameters": [DOWN], **lora}
+    with pytest.raises(error) as caught:
+        check_lora(LoraSpec.model_validate(asked), MIXTRAL)
     assert caught.value.param == param
 
 
