@@ -13,6 +13,7 @@ from kombu.entity import Queue
 
 from registry import failpoints
 from registry.settings import Settings
+from worker.broker import forgive_strangers
 from worker.service import Service, make_service
 
 STOP_SECONDS = 25.0  # longer than a child's grace and the storing of its checkpoint, shorter than what `up` waits
@@ -21,6 +22,7 @@ settings = Settings()
 failpoints.arm(settings.failpoints)
 queues = [name.strip() for name in settings.queues.split(",") if name.strip()]
 
+forgive_strangers()
 app = Celery("depot", broker=settings.redis_url)
 app.conf.update(
     task_ignore_result=True,
@@ -39,6 +41,7 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,
+    broker_channel_error_retry=True,  # Redis may refuse a command, for example while it is full
     broker_transport_options={
         "socket_timeout": 5,
         "socket_connect_timeout": 2,
