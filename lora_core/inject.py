@@ -1,6 +1,6 @@
 """Put adapted layers into a model, find them, turn them off, take them out again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,15 +33,17 @@ def linear_layers(model: nn.Module) -> list[str]:
     return sorted(name for name, module in modules if isinstance(module, LINEAR_KINDS) and module is not output)
 
 
-def inject(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
+def inject(
+    model: nn.Module, config: LoraConfig, seed: int, *, on_layer: Callable[[], None] = lambda: None
+) -> list[str]:
     """Freeze `model`, put in what `config` asks for, and return the paths of its LoRA layers, sorted.
 
     UnknownTargetModules if a name matches nothing; BadConfig if the model cannot be adapted as asked. Nothing is
-    changed then.
+    changed then. `on_layer` is called as each layer is made, some of which take seconds.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        layers = make_layers(model, config, seed)
+        layers = make_layers(model, config, seed, on_layer)
     except Exception:
         for parameter in trainable:
             parameter.requires_grad = True
@@ -61,12 +63,14 @@ def put_in(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
         parameter.requires_grad = True
 
 
-def make_layers(model: nn.Module, config: LoraConfig, seed: int | None) -> dict[str, AdapterLayer]:
+def make_layers(
+    model: nn.Module, config: LoraConfig, seed: int | None, on_layer: Callable[[], None] = lambda: None
+) -> dict[str, AdapterLayer]:
     """Path → the layer to put there, its base module frozen. Without a `seed` factors have no numbers yet."""
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise BadConfig("the model has adapted layers already; eject them first")
     modules: dict[str, Any] = dict(model.named_modules())
-    layers: dict[str, AdapterLayer] = {**_lora_layers(model, modules, config, seed)}
+    layers: dict[str, AdapterLayer] = {**_lora_layers(model, modules, config, seed, on_layer)}
     for path in _saved(modules, config):
         layers[path] = SavedModule(modules[path], path=path)
     for path, layer in _token_layers(model, modules, config).items():
@@ -111,7 +115,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _lora_layers(
-    model: Any, modules: Mapping[str, nn.Module], config: LoraConfig, seed: int | None
+    model: Any, modules: Mapping[str, nn.Module], config: LoraConfig, seed: int | None, on_layer: Callable[[], None]
 ) -> dict[str, AdapterLayer]:
     layers: dict[str, AdapterLayer] = {}
     kinds = kinds_for(config)
@@ -125,6 +129,7 @@ def _lora_layers(
             layers[path] = query_value_layer(modules[path], path, config, seed, model.config)
         else:
             layers[path] = kind.from_config(modules[path], path, config, seed)
+        on_layer()
     for path, layer in parameter_layers(modules, config, seed).items():
         if path in layers:
             raise BadConfig(f"{path} is in target_modules and has a parameter in target_parameters")

@@ -87,6 +87,12 @@ class ErrorMessage(Message):
     message: Text
 
 
+class AliveMessage(Message):
+    """Something is done of a part that takes long and has no steps."""
+
+    type: Literal["alive"] = "alive"
+
+
 class ReadyMessage(Message):
     """The task is over, its base is proved to be unchanged, and the process would do another task on it."""
 
@@ -95,7 +101,8 @@ class ReadyMessage(Message):
 
 
 CheckpointNews = CheckpointMessage | ResumedMessage
-AnyMessage = PhaseMessage | StepMessage | NoteMessage | CheckpointNews | ResultMessage | ErrorMessage | ReadyMessage
+Verdict = ResultMessage | ErrorMessage
+AnyMessage = PhaseMessage | StepMessage | NoteMessage | AliveMessage | CheckpointNews | Verdict | ReadyMessage
 _PARSER: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="type")])
 
 

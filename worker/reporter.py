@@ -2,9 +2,12 @@
 
 import os
 import threading
+import time
 from typing import Literal
 
-from worker.protocol import Message, NoteMessage, Phase, PhaseMessage, StepMessage, write
+from worker.protocol import AliveMessage, Message, NoteMessage, Phase, PhaseMessage, StepMessage, write
+
+ALIVE_SECONDS = 1.0
 
 
 class Stopped(Exception):
@@ -19,6 +22,7 @@ class Reporter:
         self._stop = threading.Event()
         self.in_steps = False
         self.is_draining = False
+        self._last_alive = -ALIVE_SECONDS
 
     def write(self, message: Message) -> None:
         try:
@@ -35,6 +39,12 @@ class Reporter:
 
     def step(self, step: StepMessage) -> None:
         self.write(step)
+
+    def alive(self) -> None:
+        """Something is done that has no name; said once a second at most."""
+        if (now := time.monotonic()) - self._last_alive >= ALIVE_SECONDS:
+            self._last_alive = now
+            self.write(AliveMessage())
 
     def stop(self, *, drain: bool = False) -> None:
         """There shall be no next step; with `drain`, what was done so far shall be kept."""

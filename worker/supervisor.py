@@ -14,6 +14,7 @@ from worker.host_memory import in_gib, machine_bytes, oom_kills, resident_bytes
 from worker.process import LOG_FILE, Child
 from worker.protocol import (
     EXIT_STOPPED,
+    AliveMessage,
     AnyMessage,
     CheckpointMessage,
     CheckpointNews,
@@ -160,8 +161,8 @@ class _Listener:
                 self._on_checkpoint(message)
             case ResultMessage() | ErrorMessage():
                 self.verdict = message
-            case ReadyMessage():
-                pass  # of the process, not of its task
+            case ReadyMessage() | AliveMessage():
+                pass  # of the process, not of its task; nothing but a sign of life
 
 
 class _Stopper:

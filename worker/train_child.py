@@ -70,7 +70,7 @@ def fit(
     """Put the adapter into the model and train it, from where it was last; and the seconds that took."""
     training, validation = data
     config = adapter_config(task)
-    inject(model, config, seed=task.spec.seed)
+    inject(model, config, seed=task.spec.seed, on_layer=reporter.alive)
     settings = train_config(task.spec)
     goal = goal_of(task.spec, model)
     fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=goal)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_core.config import LoraConfig
 from lora_core.errors import BadConfig
+from lora_core.inject import inject
 from lora_core.layers import LoraLinear
 from lora_core.principal import PrincipalConv1D, PrincipalLinear, as_plain
 from tests.lora_core.test_dora import Net
@@ -116,3 +117,72 @@ def test_what_cannot_be_done_is_refused():
     layer = ours("pissa")
     with pytest.raises(BadConfig, match="in training from principal directions"):
         layer.load_tensors(layer.adapter_tensors())
+
+
+def spectrum(name: str, rows: int = 640, columns: int = 768) -> torch.Tensor:
+    """A matrix with known singular values: falling as those of trained weights do, or of noise, which hardly fall."""
+    noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+    if name == "noise":
+        return noise / columns**0.5
+    U, _, Vh = torch.linalg.svd(noise, full_matrices=False)
+    return U @ torch.diag(torch.arange(1, len(U) + 1) ** -0.5) @ Vh
+
+
+def large(weight: torch.Tensor, *, r: int = 6, path: str = "layer", method: str = "pissa") -> PrincipalLinear:
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        base.weight.copy_(weight)
+    return PrincipalLinear(base, method=method, path=path, r=r, scaling=2.0)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("name", "share", "cosine"), [("trained", 0.99999, 0.9999), ("noise", 0.99, 0.5)])
+def test_the_start_in_a_large_matrix_is_within_a_hair_of_its_svd(name, share, cosine, turned):
+    weight = spectrum(name).T if turned else spectrum(name)
+    layer = large(weight)
+    with torch.no_grad():
+        start = layer.scaling * layer.lora_B @ layer.lora_A
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        removed = weight.square().sum() - (weight - start).square().sum()
+        assert share < removed / S[:6].square().sum() < 1.00001
+        for best, factor in ((U[:, :6], layer.lora_B), (Vh[:6].T, layer.lora_A.T)):
+            assert torch.linalg.svdvals(best.T @ torch.linalg.qr(factor)[0]).min() > cosine
+        torch.testing.assert_close(layer.lora_A.norm(dim=1), layer.lora_B.norm(dim=0), atol=0, rtol=1e-4)
+        if name == "trained":
+            torch.testing.assert_close(start, U[:, :6] @ torch.diag(S[:6]) @ Vh[:6], atol=1e-4, rtol=0)
+
+
+def test_the_start_is_a_matter_of_matrix_and_path_alone():
+    weight = spectrum("noise")
+    first, again, elsewhere = large(weight), large(weight), large(weight, path="other")
+    assert torch.equal(first.lora_A, again.lora_A)
+    assert torch.equal(first.lora_B, again.lora_B)
+    assert not torch.equal(first.lora_A, elsewhere.lora_A)
+
+
+@pytest.mark.parametrize("content", ["zeros", "one direction"])
+def test_a_large_matrix_without_enough_directions_has_a_start_all_the_same(content):
+    weight = torch.zeros(640, 768)
+    if content == "one direction":
+        weight += torch.linspace(-1, 1, 640)[:, None]
+    layer = large(weight)
+    with torch.no_grad():
+        start = layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(start, weight, atol=1e-3, rtol=1e-4)
+    assert torch.isfinite(layer.lora_A).all()
+
+
+def test_oloras_start_is_the_beginning_of_the_whole_qr_decomposition():
+    weight = spectrum("noise", 96, 64)
+    layer = large(weight, method="olora")
+    Q, R = torch.linalg.qr(weight)
+    torch.testing.assert_close(layer.lora_B.detach(), Q[:, :6], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.lora_A.detach(), R[:6], atol=1e-5, rtol=1e-4)
+
+
+def test_each_layer_is_told_of_as_it_is_made():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    calls = []
+    config = LoraConfig(r=2, target_modules=("0", "1", "3"), init_lora_weights="pissa")
+    paths = inject(model, config, seed=0, on_layer=lambda: calls.append(len(calls)))
+    assert len(calls) == len(paths) == 3

@@ -17,7 +17,7 @@ from tests.worker.depot import LORA
 from worker import train_child
 from worker.child import EXIT_STOPPED, explain
 from worker.child_env import child_env
-from worker.protocol import PhaseMessage, ResultMessage, ResumedMessage, StepMessage, capped_lines, parse
+from worker.protocol import AliveMessage, PhaseMessage, ResultMessage, ResumedMessage, StepMessage, capped_lines, parse
 from worker.reporter import Reporter, Stopped
 from worker.task import TrainTask, write_task
 from worker.train_child import train_adapter
@@ -64,6 +64,7 @@ def test_the_adapter_names_its_base_and_the_steps_are_told(
     assert None not in messages
     phases = [message.phase for message in messages if isinstance(message, PhaseMessage)]
     assert phases == ["loading", "tokenizing", "training", "saving"]
+    assert any(isinstance(message, AliveMessage) for message in messages)  # of layers, while they are made
     steps = [message for message in messages if isinstance(message, StepMessage)]
     assert [(step.step, step.valid_loss is not None) for step in steps] == [
         (1, False),

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from worker.protocol import (
+    AliveMessage,
     CheckpointMessage,
     ErrorMessage,
     PhaseMessage,
@@ -22,6 +23,7 @@ from worker.protocol import (
     "message",
     [
         PhaseMessage(phase="training", total_steps=3),
+        AliveMessage(),
         StepMessage(step=1, total_steps=3, loss=0.5),
         ResultMessage(metrics={"train_loss": 0.1}, trained_tokens=4),
         ErrorMessage(error_class="user", code="bad_config", message="r is too large"),
