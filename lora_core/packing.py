@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from lora_core.attention import DocumentsFunction, fits
 from lora_core.data import IGNORED, Example
 
 # Families whose packed loss is shown by a test to be the sum of single losses.
@@ -102,6 +103,9 @@ def attend(
     """Causal attention inside each document, (1, N, heads, head): no mask, and nothing is computed across documents."""
     if attention_mask is not None or softcap is not None:
         raise ValueError("a packed row attends without a mask and without a cap")
+    if not dropout and not _reaches(sliding_window, document_lengths) and fits(query, document_lengths):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return DocumentsFunction.apply(query, key, value, document_lengths, scale), None
     parts = [
         F.scaled_dot_product_attention(
             q,
@@ -122,6 +126,11 @@ def attend(
         )
     ]
     return torch.cat(parts, 1), None
+
+
+def _reaches(window: int | None, lengths: Sequence[int]) -> bool:
+    """Whether some token does not see all before it."""
+    return bool(window) and max(lengths) > (window or 0)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
