@@ -10,14 +10,17 @@ from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any
 
+from lora_core.adalora_config import AdaLoraConfig
+from lora_core.config import LoraConfig
 from lora_core.config import scaling as scaling_of
 from lora_core.errors import LoraError, NonFinite
-from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, AdapterFacts, check_adapter
 from registry.blobs import store_file
 from registry.db import transaction
 from registry.failpoints import hit
 from registry.jobs.inputs import BaseInput, TrainInputs
 from registry.jobs.publish import publish_version
+from registry.jobs.spec import LoraSpec
 from registry.storage.digests import digest_file
 from worker.attempt import Attempt
 from worker.errors import JobFailed
@@ -83,19 +86,30 @@ def publish_adapter(
 def check_trained(out: Path, inputs: TrainInputs) -> None:
     """The gate: a whole, finite adapter of the base and the shape that was asked for; JobFailed otherwise."""
     try:
-        config = check_adapter(out).config
+        facts = check_adapter(out)
     except NonFinite as error:
         raise JobFailed("diverged", "training_diverged", f"{error.message}. Try a lower learning rate.") from error
     except (LoraError, OSError) as error:
         message = "Training ended without a usable adapter; the worker's log has the details."
         raise JobFailed("bug", "invalid_adapter", message) from error
     asked = inputs.spec.lora
+    same = facts.config.base_model_name_or_path == inputs.base.name and facts.config.use_rslora == asked.use_rslora
+    if not same or not (_has_ranks_left(facts, asked) if asked.adalora else _has_rank(facts.config, asked)):
+        raise JobFailed("bug", "invalid_adapter", "Training made another adapter than the one that was asked for.")
+
+
+def _has_rank(config: LoraConfig, asked: LoraSpec) -> bool:
+    """Whether rank and scaling are those that were asked for."""
     ranks = (asked.r, 2 * asked.r) if asked.may_double() else (asked.r,)
     scaling = scaling_of(config.lora_alpha, config.r, use_rslora=config.use_rslora)
     wanted = scaling_of(asked.lora_alpha, asked.r, use_rslora=asked.use_rslora)
-    same = config.base_model_name_or_path == inputs.base.name and config.use_rslora == asked.use_rslora
-    if not same or config.r not in ranks or not math.isclose(scaling, wanted):
-        raise JobFailed("bug", "invalid_adapter", "Training made another adapter than the one that was asked for.")
+    return config.r in ranks and math.isclose(scaling, wanted)
+
+
+def _has_ranks_left(facts: AdapterFacts, asked: LoraSpec) -> bool:
+    """Whether it is a plain LoRA of no more ranks than AdaLoRA began with."""
+    plain = not isinstance(facts.config, AdaLoraConfig)
+    return plain and all(r <= asked.r for _, r, _ in facts.modules.values())
 
 
 def describe_adapter(inputs: TrainInputs, folder: Path, metrics: Mapping[str, float]) -> SavedAdapter | None:

@@ -1,4 +1,4 @@
-"""The training task, in the child process: the only module of this room that needs torch."""
+"""The training task, in the child process. Needs torch."""
 
 import time
 from collections.abc import Callable
@@ -9,21 +9,18 @@ from typing import Any
 
 import torch
 
-from lora_core.adapter import has_learned, save_adapter
-from lora_core.config import LoraConfig
 from lora_core.data import Dataset, tokenize_rows
-from lora_core.dpo import DPO, tokenize_preferences
-from lora_core.errors import BadConfig, DatasetError
+from lora_core.dpo import tokenize_preferences
+from lora_core.errors import DatasetError
 from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.model import load_base
 from lora_core.rows import read_rows
-from lora_core.task import Task, default_task
-from lora_core.train import StepReport, TrainConfig, TrainResult, train
+from lora_core.train import StepReport, TrainResult, train
 from registry.jobs.spec import TrainSpec
+from worker.adapter_child import TrainedAdapter, adapter_config, train_config
 from worker.kept_base import KeptBase
 from worker.protocol import ResultMessage, StepMessage
-from worker.recipe_child import write_recipe
 from worker.reporter import Reporter, Stopped
 from worker.saver import Saver, find_state
 from worker.task import CHECKPOINTS, OUT, TrainTask
@@ -45,35 +42,35 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     if task.validation_file is not None:
         validation = tokenize(read, task.validation_file, max_length, "validation", reporter)
     try:
-        result, seconds = fit(task, workspace, reporter, model, (training, validation))
+        adapter, result, seconds = fit(task, workspace, reporter, model, (training, validation))
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
         reporter.note(f"Not repeatable bit for bit on this device: {str(error)[:200]}", level="warn")
         ask_for_repeatable_kernels(wanted=False)
         eject(model)
-        result, seconds = fit(task, workspace, reporter, model, (training, validation))
+        adapter, result, seconds = fit(task, workspace, reporter, model, (training, validation))
     if result.stopped:
         raise Stopped
-    require_change(model)
+    adapter.require_change()
     if result.early_stopped:
         reporter.note(why_early(result, task.spec))
     reporter.phase("saving")
-    if not save_mergeable(model, task, workspace / OUT):
+    if not adapter.save(workspace / OUT):
         reporter.note("This adapter cannot be merged into its base; the worker's log says why.")
     return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
 
 
 def fit(
     task: TrainTask, workspace: Path, reporter: Reporter, model: Any, data: tuple[Dataset, Dataset | None]
-) -> tuple[TrainResult, float]:
+) -> tuple[TrainedAdapter, TrainResult, float]:
     """Put the adapter into the model and train it, from where it was last; and the seconds that took."""
     training, validation = data
-    config = adapter_config(task)
+    config = adapter_config(task, rows=len(training.examples))
     inject(model, config, seed=task.spec.seed, on_layer=reporter.alive)
+    adapter = TrainedAdapter(model, config, task)
     settings = train_config(task.spec)
-    goal = goal_of(task.spec, model)
-    fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=goal)
+    fingerprint = take_fingerprint(model, training.examples, settings, base_digest=task.base_digest, task=adapter.goal)
     # Not part of what makes it this run: after running out of memory it goes on in smaller pieces.
     tokens_per_batch = max(1, settings.tokens_per_batch >> task.halvings)
     state = find_state(task, fingerprint, reporter, tokens_per_batch=tokens_per_batch)
@@ -81,7 +78,7 @@ def fit(
         workspace / CHECKPOINTS,
         fingerprint,
         reporter,
-        save_adapter=partial(save_mergeable, model, task),
+        save_adapter=adapter.save,
         seconds=task.checkpoint_seconds,
         resumed=bool(state),
     )
@@ -91,21 +88,16 @@ def fit(
         model,
         training.examples,
         replace(settings, tokens_per_batch=tokens_per_batch),
-        task=goal,
+        task=adapter.goal,
         eval_examples=validation.examples if validation else None,
+        after_step=adapter.after_step,
         on_step=step_teller(reporter, started, first=state.step if state else 0),
         should_stop=reporter.is_stopped,
         resume_from=state,
         on_checkpoint=saver.save,
         should_checkpoint=saver.is_due,
     )
-    return result, time.monotonic() - started
-
-
-def save_mergeable(model: Any, task: TrainTask, folder: Path) -> bool:
-    """Write the adapter as it is now, and its merge recipe beside it; whether it has one."""
-    save_adapter(model, adapter_config(task), folder)
-    return write_recipe(task.base_dir, folder)
+    return adapter, result, time.monotonic() - started
 
 
 def ask_for_repeatable_kernels(*, wanted: bool) -> None:
@@ -138,36 +130,6 @@ def tokenize(read: Callable[..., Dataset], path: Path, max_length: int, what: st
     return dataset
 
 
-def adapter_config(task: TrainTask) -> LoraConfig:
-    """What goes into adapter_config.json: the base by its name in the catalogue, never by a path."""
-    return replace(task.spec.lora.config(), base_model_name_or_path=task.base_model, revision=task.revision)
-
-
-def goal_of(spec: TrainSpec, model: Any) -> Task:
-    """What the run learns."""
-    return DPO(spec.beta) if spec.method == "dpo" else default_task(model, packing=spec.packing)
-
-
-def train_config(spec: TrainSpec) -> TrainConfig:
-    return TrainConfig(
-        n_epochs=spec.n_epochs,
-        batch_size=spec.batch_size,
-        max_steps=spec.max_steps,
-        learning_rate=spec.learning_rate,
-        loraplus_lr_ratio=spec.loraplus_lr_ratio,
-        lr_scheduler_type=spec.lr_scheduler_type,
-        warmup_ratio=spec.warmup_ratio,
-        weight_decay=spec.weight_decay,
-        max_grad_norm=spec.max_grad_norm,
-        seed=spec.seed,
-        eval_steps=spec.eval_steps,
-        early_stopping_patience=spec.early_stopping_patience,
-        tokens_per_batch=spec.tokens_per_batch,
-        packing=spec.packing,
-        activation_checkpointing=spec.activation_checkpointing,
-    )
-
-
 def step_teller(reporter: Reporter, started: float, *, first: int) -> Callable[[StepReport], None]:
     """Tells every step to the supervisor. `first` steps were done before `started`."""
 
@@ -187,12 +149,6 @@ def step_teller(reporter: Reporter, started: float, *, first: int) -> Callable[[
         )
 
     return tell
-
-
-def require_change(model: Any) -> None:
-    """BadConfig if training changed nothing: such an adapter is the base model under another name."""
-    if not has_learned(model):
-        raise BadConfig("training changed nothing: use a higher learning_rate, more steps or less warmup")
 
 
 def why_early(result: TrainResult, spec: TrainSpec) -> str:

@@ -60,6 +60,19 @@ class MethodIn(Body):
         return self
 
 
+class AdaLoraIn(Body):
+    """AdaLoRA (arXiv:2303.10512), in PEFT's words and with its defaults."""
+
+    init_r: int | None = Field(default=None, description="Rank of each module at the start. Default 12")
+    target_r: int | None = Field(default=None, description="Mean rank of the modules at the end. Default 8")
+    tinit: int | None = Field(default=None, description="Steps before the first rank is taken away. Default 0")
+    tfinal: int | None = Field(default=None, description="Steps after the last one is. Default 0")
+    deltaT: int | None = Field(default=None, description="Steps between two decisions. Default 1")  # noqa: N815  PEFT's
+    beta1: float | None = Field(default=None, description="Smooths the importance. Default 0.85")
+    beta2: float | None = Field(default=None, description="Smooths its uncertainty. Default 0.85")
+    orth_reg_weight: float | None = Field(default=None, description="Keeps the factors orthogonal. Default 0.5")
+
+
 class LoraIn(Body):
     """LoRA settings, in PEFT's words. What is absent or null takes the default that the job object then shows."""
 
@@ -88,6 +101,7 @@ class LoraIn(Body):
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] | None = Field(
         default=None, description="How lora_A starts. Default `kaiming`"
     )
+    adalora: AdaLoraIn | None = Field(default=None, description="Move ranks to where they matter; instead of `r`")
     learning_rate: float | None = Field(default=None, description="Before the multiplier. Default 2e-4")
     loraplus_lr_ratio: float | None = Field(default=None, description="LoRA+: lora_B's rate over that of lora_A")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
@@ -199,7 +213,7 @@ def _out_of_range(error: ValidationError, hyperparameters: str) -> InvalidHyperp
         path = [hyperparameters, *path]
     elif path[0] not in {"lora", "seed"}:
         path = ["lora", *path]
-    name = ".".join(path[:2] if path[0] == "lora" else path)
+    name = ".".join(path[: 3 if path[1:2] == ["adalora"] else 2] if path[0] == "lora" else path)
     ends = wanted(finding)
     message = f"`{name}` must be {ends}. Change it and send the request again."
     if name == "lora.learning_rate":

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from lora_core import errors as lora_errors
+from lora_core.adalora_config import AdaLoraConfig
 from lora_core.architectures import ARCHITECTURES
 from lora_core.config import CHANGE_THE_START, LoraConfig, match_targets
 from lora_core.targets import FUSED, OUTPUT_LAYER, PAPER, ends, matches, names_of
@@ -86,7 +87,7 @@ def _check_ranks(config: LoraConfig, targets: Iterable[str], shapes: Mapping[str
     for path in targets:
         r, limit = config.rank_for(path), min(shapes.get(path, [config.r]))
         if r > limit:
-            field = "r" if r == config.r else "rank_pattern"
+            field = "adalora" if isinstance(config, AdaLoraConfig) else "r" if r == config.r else "rank_pattern"
             raise InvalidHyperparameter(
                 f"r = {r} is larger than the smaller dimension of {path}, {limit}.", param=f"lora.{field}", limit=limit
             )
@@ -102,13 +103,11 @@ def _check_together(lora: LoraSpec, config: LoraConfig, targets: Iterable[str], 
             param="lora.trainable_token_indices",
         )
     starts_from_base = lora.init_lora_weights in CHANGE_THE_START
-    if starts_from_base and is_target:
-        raise InvalidHyperparameter(
-            f"{lora.init_lora_weights} starts from linear layers, and {embedding} is none.",
-            param="lora.init_lora_weights",
-        )
+    if (starts_from_base or lora.adalora) and is_target:
+        name, field = ("AdaLoRA", "adalora") if lora.adalora else (lora.init_lora_weights, "init_lora_weights")
+        raise InvalidHyperparameter(f"{name} is for linear layers, and {embedding} is none.", param=f"lora.{field}")
     fused = [path for path in targets if path.rpartition(".")[2] in FUSED]
-    if lora.target_modules == PAPER and fused and (lora.use_dora or starts_from_base):
+    if lora.target_modules == PAPER and fused and (lora.use_dora or starts_from_base or lora.adalora):
         raise InvalidHyperparameter(
             f"Queries and values inside {fused[0]} are adapted by plain LoRA only. Name the layer instead of `paper`.",
             param="lora.target_modules",

@@ -1,10 +1,12 @@
 """What a job is to do: validated once at submit, stored as JSON, never changed."""
 
+import math
 import uuid
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lora_core.adalora_config import AdaLoraConfig
 from lora_core.config import ALL_LINEAR, CHANGE_THE_START, MAX_RANK, LoraConfig
 from lora_core.errors import BadConfig
 from lora_core.merge_options import MAX_SCALE, MAX_SHARD_SIZE, MIN_SHARD_SIZE, Start
@@ -19,8 +21,21 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class AdaLoraSpec(Spec):
+    """PEFT's fields and defaults (arXiv:2303.10512): a rank of `init_r` everywhere becomes `target_r` on average."""
+
+    init_r: int = Field(default=12, ge=1, le=MAX_RANK)
+    target_r: int = Field(default=8, ge=1, le=MAX_RANK)
+    tinit: int = Field(default=0, ge=0, le=10_000_000)
+    tfinal: int = Field(default=0, ge=0, le=10_000_000)
+    deltaT: int = Field(default=1, ge=1, le=10_000_000)  # noqa: N815  PEFT's name
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    orth_reg_weight: float = Field(default=0.5, ge=0, le=1e6)
+
+
 class LoraSpec(Spec):
-    """PEFT's fields. `lora_alpha` absent or null means 2·r, so that scaling is 2.
+    """PEFT's fields. `lora_alpha` absent or null means 2·r, so that scaling is 2. With `adalora`, r is its `init_r`.
 
     `trainable_token_indices` are rows of the input embedding, which a tied output layer shares. `target_parameters` are
     those of experts; with them, `target_modules` may be empty."""
@@ -40,11 +55,16 @@ class LoraSpec(Spec):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    adalora: AdaLoraSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
     def alpha_follows_r(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("lora_alpha") is not None:
+        if not isinstance(data, dict):
+            return data
+        if data.get("adalora") is not None:
+            data = {**data, "r": _initial_rank(data)}
+        if data.get("lora_alpha") is not None:
             return data
         r = data.get("r", cls.model_fields["r"].default)
         return {**data, "lora_alpha": 2 * r if isinstance(r, int) and r > 0 else 1}  # a wrong r is reported as r
@@ -59,14 +79,26 @@ class LoraSpec(Spec):
             raise ValueError(f"such an adapter has twice the rank when it is saved, and that is at most {MAX_RANK}")
         return self
 
+    @model_validator(mode="after")
+    def adalora_has_factors_only(self) -> Self:
+        more = {"bias": self.bias != "none", "modules_to_save": self.modules_to_save}
+        more["trainable_token_indices"] = self.trainable_token_indices
+        if self.adalora and (names := [name for name, given in more.items() if given]):
+            raise ValueError(f"an AdaLoRA is published as a plain LoRA, which cannot hold {names[0]}; leave that out")
+        return self
+
     def may_double(self) -> bool:
         """Whether what is saved may be a LoRA of twice the rank that was asked for."""
         return self.target_modules == PAPER or self.init_lora_weights in CHANGE_THE_START
 
-    def config(self) -> LoraConfig:
-        """The same settings as the library's own type, which also checks the module names."""
+    def config(self, *, total_steps: int = 2**31) -> LoraConfig:
+        """The same settings as the library's own type, which also checks the module names. Of AdaLoRA for a training of
+        so many steps."""
         targets, start = self.target_modules, self.init_lora_weights
-        return LoraConfig(
+        plan = {**self.adalora.model_dump(), "total_step": total_steps} if self.adalora else {}
+        make = AdaLoraConfig if self.adalora else LoraConfig
+        return make(
+            **plan,
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
@@ -83,6 +115,16 @@ class LoraSpec(Spec):
             use_dora=self.use_dora,
             init_lora_weights=True if start == "kaiming" else start,
         )
+
+
+def _initial_rank(data: dict[str, Any]) -> Any:
+    """`init_r` of `adalora`; ValueError where an `r` beside it says something else."""
+    given = data["adalora"]
+    field = AdaLoraSpec.model_fields["init_r"]
+    init_r = given.get("init_r", field.default) if isinstance(given, dict) else getattr(given, "init_r", field.default)
+    if data.get("r", init_r) != init_r:
+        raise ValueError("with adalora, r means nothing: leave it out, and set init_r and target_r in adalora")
+    return init_r
 
 
 class TrainSpec(Spec):
@@ -103,11 +145,23 @@ class TrainSpec(Spec):
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
     max_length: int = Field(default=2048, ge=8, le=131_072)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    packing: bool = Field(default_factory=lambda given: given.get("method") != "dpo")
+    packing: bool = True
     activation_checkpointing: bool = False
     tokens_per_batch: int = Field(default=4096, ge=1, le=2**24)
     eval_steps: int | None = Field(default=None, ge=1, le=10_000_000)
     early_stopping_patience: int | None = Field(default=None, ge=1, le=1000)
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a run on so many rows."""
+        steps = self.n_epochs * math.ceil(rows / self.batch_size)
+        return min(steps, self.max_steps or steps)
+
+    @model_validator(mode="before")
+    @classmethod
+    def preferences_are_padded(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("method") == "dpo":
+            return {"packing": False, **data}
+        return data
 
     @field_validator("packing")
     @classmethod

@@ -57,6 +57,7 @@ def submit_training(
             return Submitted(earlier, replayed=True)
     check_lora(spec.lora, base_model)
     _check_evaluation(spec, validation_file)
+    _check_schedule(spec, training_file)
     check_queue(session, placement.queue)
     _lock_quota(session, tenant_id)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
@@ -108,6 +109,22 @@ def _check_evaluation(spec: TrainSpec, validation_file: File | None) -> None:
                 f"`lora.{name}` needs a `validation_file` to evaluate on. Add one, or leave the setting out.",
                 param=f"lora.{name}",
             )
+
+
+def _check_schedule(spec: TrainSpec, training_file: File) -> None:
+    """That AdaLoRA has a step left in which to take ranks away. Rows that are left out can make the run shorter still,
+    which the trainer will say."""
+    plan, rows = spec.lora.adalora, (training_file.report or {}).get("rows")
+    if plan is None or rows is None:
+        return
+    steps = spec.total_steps(rows)
+    if plan.tinit + plan.tfinal >= steps:
+        raise InvalidHyperparameter(
+            f"`tinit` and `tfinal` leave none of the {steps} steps of this training to take ranks away in. "
+            "Lower them, or train for longer.",
+            param="lora.adalora",
+            steps=steps,
+        )
 
 
 def _lock_quota(session: Session, tenant_id: uuid.UUID) -> None:

@@ -146,6 +146,14 @@ class TestCreate:
         preset = submit(lora={"target_modules": "paper", "trainable_token_indices": [5, 3]}).json()["lora"]
         assert (preset["target_modules"], preset["trainable_token_indices"]) == ("paper", [5, 3])
 
+    def test_adalora_is_taken_and_shown_with_what_it_means(self, submit: Submit) -> None:
+        shown = submit(lora={"adalora": {"init_r": 10, "tinit": 1}}).json()["lora"]
+        steps = {"init_r": 10, "target_r": 8, "tinit": 1, "tfinal": 0, "deltaT": 1}
+        assert shown["adalora"] == steps | {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
+        assert (shown["r"], shown["lora_alpha"]) == (10, 20)
+        assert submit(suffix="plain").json()["lora"]["adalora"] is None
+        refused(submit(lora={"adalora": {"total_step": 5}}), 422, "unknown_field")
+
     def test_parameters_of_experts_are_named_by_the_base_and_taken(
         self, client: TestClient, submit: Submit, sessions: SessionFactory
     ) -> None:
@@ -203,6 +211,27 @@ class TestCreate:
                 "invalid_hyperparameter",
                 "lora",
                 "principal directions",
+            ),
+            ({"adalora": {}, "r": 8}, "invalid_hyperparameter", "lora", "target_r in adalora"),
+            ({"adalora": {"init_r": 4}, "r": None}, "invalid_hyperparameter", "lora", "target_r must be at most"),
+            ({"adalora": {"init_r": 33}, "r": None}, "invalid_hyperparameter", "lora.adalora", "r = 33"),
+            ({"adalora": {"beta1": 1.0}, "r": None}, "invalid_hyperparameter", "lora.adalora.beta1", "less than 1"),
+            ({"adalora": {"deltaT": 0}, "r": None}, "invalid_hyperparameter", "lora.adalora.deltaT", "at least 1"),
+            ({"adalora": {"tinit": 2, "tfinal": 1}, "r": None}, "invalid_hyperparameter", "lora.adalora", "3 steps"),
+            ({"adalora": {}, "r": None, "use_dora": True}, "invalid_hyperparameter", "lora", "use_dora means nothing"),
+            ({"adalora": {}, "r": None, "rank_pattern": {"q_proj": 2}}, "invalid_hyperparameter", "lora", "AdaLoRA"),
+            ({"adalora": {}, "r": None, "bias": "all"}, "invalid_hyperparameter", "lora", "cannot hold bias"),
+            (
+                {"adalora": {}, "r": None, "modules_to_save": ["lm_head"]},
+                "invalid_hyperparameter",
+                "lora",
+                "cannot hold modules_to_save",
+            ),
+            (
+                {"adalora": {}, "r": None, "target_modules": ["embed_tokens"]},
+                "invalid_hyperparameter",
+                "lora.adalora",
+                "linear layers",
             ),
             ({"loraplus_lr_ratio": 0.5}, "invalid_hyperparameter", "lora.loraplus_lr_ratio", "at least 1"),
         ],

@@ -57,6 +57,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         ("gpt2", {"target_modules": "paper", "bias": "all"}),
         ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "bias": "lora_only"}),
         ("phi3", {"target_modules": "paper", "use_rslora": True}),
+        ("llama", {"r": 5, "adalora": {"init_r": 5, "target_r": 2, "tfinal": 1}, "lora_dropout": 0.1}),
+        ("gpt2", {"target_modules": ["c_attn"], "r": 3, "adalora": {"init_r": 3, "target_r": 1}}),
         ("mixtral", {"target_modules": [], "target_parameters": EXPERTS, "init_lora_weights": "gaussian"}),
         ("mixtral", {"target_modules": QV, "target_parameters": EXPERTS[:1], "use_rslora": True}),
         ("qwen2_moe", {"target_parameters": EXPERTS, "rank_pattern": {"layers.1.mlp.experts.down_proj": 2}}),

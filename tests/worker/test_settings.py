@@ -13,10 +13,13 @@ from peft import PeftModel
 from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
-from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE
+from lora_core.adalora_config import AdaLoraConfig
+from lora_core.checkpoint import CHECKPOINT_FILES
+from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from lora_core.model import load_base
 from lora_core.task import packs
 from registry.db import SessionFactory, transaction
+from registry.jobs.checkpoints import newest_checkpoints
 from registry.jobs.spec import MergeOptions, TrainSpec
 from registry.merges import request_merge
 from registry.models import Merge, MergeFile, Version, VersionFile
@@ -25,15 +28,20 @@ from tests.tiny import make_base, make_rows, write_jsonl
 from tests.worker.conftest import StartWorker
 from tests.worker.depot import BASE_NAME, LORA, Depot, make_depot, metrics_of, wait_until
 from tests.worker.test_main_job import download, logits
+from worker.adapter_child import goal_of, train_config
+from worker.merge_recipe import RECIPE_FILE
 from worker.reporter import Reporter
-from worker.task import OUT, TrainTask
-from worker.train_child import goal_of, train_adapter, train_config
+from worker.service import cpu_count
+from worker.task import CHECKPOINTS, OUT, TrainTask
+from worker.train_child import train_adapter
 
 APP = "worker.app"
 
 
-def trained(base_dir: Path, home: Path, **settings: Any) -> str:
-    """SHA-256 of the adapter that these settings make."""
+def trained(
+    base_dir: Path, home: Path, *, rows: int = 8, threads: int = 1, checkpoint_seconds: float = 3600.0, **settings: Any
+) -> str:
+    """SHA-256 of the adapter that these settings make when nothing happens."""
     defaults = {"lora": LORA, "n_epochs": 2, "batch_size": 4, "max_length": 64, "learning_rate": 1e-2}
     home.mkdir()
     task = TrainTask(
@@ -41,12 +49,12 @@ def trained(base_dir: Path, home: Path, **settings: Any) -> str:
         base_digest="0" * 64,
         base_model=BASE_NAME,
         revision=None,
-        training_file=write_jsonl(home / "train.jsonl", make_rows(8)),
+        training_file=write_jsonl(home / "train.jsonl", make_rows(rows)),
         validation_file=None,
         spec=TrainSpec.model_validate({**defaults, **settings}),
         resume_from=None,
-        checkpoint_seconds=3600.0,
-        threads=1,
+        checkpoint_seconds=checkpoint_seconds,
+        threads=threads,
     )
     train_adapter(task, home, Reporter(os.open(os.devnull, os.O_WRONLY)))
     return hashlib.sha256((home / OUT / WEIGHTS_FILE).read_bytes()).hexdigest()
@@ -148,3 +156,55 @@ def test_experts_are_trained_published_and_merged(
     succeeded(depot, depot.submit(lora=lora))
     config = merged_as_peft_says(depot, base_dir, tmp_path)
     assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], names)
+
+
+ADALORA = {"adalora": {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 4}, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_adalora_is_published_as_a_plain_lora_and_merged(
+    depot: Depot, start_worker: StartWorker, base_dir: Path, tmp_path: Path
+) -> None:
+    start_worker(APP)
+    succeeded(depot, depot.submit(lora=ADALORA, n_epochs=6))
+    config = merged_as_peft_says(depot, base_dir, tmp_path)
+    assert (config["peft_type"], config["use_rslora"]) == ("LORA", False)
+    facts = check_adapter(tmp_path / "adapter")
+    ranks = [r for _, r, _ in facts.modules.values()]
+    # as many as the budget left, four modules with two each: those pruned away are not in the file
+    assert sum(ranks) == 8
+    assert max(ranks) <= 6
+
+
+def test_an_interrupted_adalora_prunes_what_an_undisturbed_one_prunes(
+    depot: Depot, start_worker: StartWorker, base_dir: Path, tmp_path: Path
+) -> None:
+    steps = 600
+    lora = {**ADALORA, "adalora": {**ADALORA["adalora"], "tfinal": 10, "deltaT": 3}}
+    spec = {"lora": lora, "n_epochs": steps // 2, "learning_rate": 1e-3, "max_length": 128, "batch_size": 8}
+    job_id = depot.submit(**spec)
+    worker = start_worker(APP)
+    wait_until(lambda: (depot.job(job_id).progress or {}).get("step"), seconds=120)
+    assert worker.terminate() == 0  # it saves first
+    with depot.sessions() as session:
+        (checkpoint,) = newest_checkpoints(session, job_id)
+    assert 0 < checkpoint.step < steps
+    start_worker(APP)
+    succeeded(depot, job_id)
+    said = [event.message for event in depot.events(job_id)]
+    assert f"Resumed at step {checkpoint.step} (exact)." in said
+    with depot.sessions() as session:
+        (made,) = session.scalars(select(VersionFile).where(VersionFile.path == WEIGHTS_FILE))
+        digest = made.blob.sha256
+    undisturbed = trained(base_dir, tmp_path / "undisturbed", rows=16, threads=max(1, cpu_count() // 2), **spec)
+    assert digest == undisturbed
+
+
+def test_a_checkpoint_of_adalora_holds_a_plain_lora_that_the_gate_lets_through(base_dir: Path, tmp_path: Path) -> None:
+    lora = {**ADALORA, "target_modules": ["q_proj"]}
+    trained(base_dir, tmp_path / "run", lora=lora, checkpoint_seconds=1e-9, n_epochs=4)
+    folders = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())
+    assert len(folders) == 8
+    for folder in folders:
+        facts = check_adapter(folder)
+        assert not isinstance(facts.config, AdaLoraConfig)
+        assert {path.name for path in folder.iterdir()} == {*CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE, RECIPE_FILE}

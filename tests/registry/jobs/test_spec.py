@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from lora_core.adalora_config import AdaLoraConfig
 from registry.jobs.spec import LoraSpec, MergeSpec, TrainSpec
 
 
@@ -12,6 +13,15 @@ def test_alpha_is_twice_r_unless_given() -> None:
     assert LoraSpec(r=4).lora_alpha == 8
     assert LoraSpec.model_validate({"r": 4, "lora_alpha": None}).lora_alpha == 8
     assert LoraSpec(r=4, lora_alpha=5).lora_alpha == 5
+
+
+def test_what_is_stored_of_adalora_reads_as_it_was() -> None:
+    spec = TrainSpec.model_validate({"lora": {"adalora": {"init_r": 6, "target_r": 3}, "lora_alpha": 5}})
+    assert TrainSpec.model_validate(spec.model_dump(mode="json")) == spec
+    assert (spec.lora.r, spec.lora.lora_alpha) == (6, 5)
+    config = spec.lora.config(total_steps=spec.total_steps(rows=17))
+    assert isinstance(config, AdaLoraConfig)
+    assert (config.init_r, config.total_step, config.scaling_for("q_proj")) == (6, 9, 5 / (6 + 1e-5))
 
 
 @pytest.mark.parametrize(
