@@ -1,8 +1,9 @@
 """`python -m worker.child`: does the tasks in the workspaces that stdin names, and tells the supervisor about them.
 
-stdin is a life line, too: when it ends, the supervisor is dead and so is this process. stdout carries messages and
-nothing else: whatever a library prints goes to the log."""
+stdin is a life line, too: when it ends, the supervisor is dead and so is this process; Linux sees to that even while it
+is stopped. stdout carries messages and nothing else: whatever a library prints goes to the log."""
 
+import ctypes
 import errno
 import faulthandler
 import os
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from worker.kept_base import KeptBase
 
 EXIT_FAILED = 1
+PR_SET_PDEATHSIG = 1
 
 # Codes of lora_core that say something about the request; all others are about us.
 USER_CODES = frozenset(
@@ -44,6 +46,7 @@ USER_CODES = frozenset(
 
 def main() -> int:
     """The exit code: 0 after a result, EXIT_STOPPED when asked to stop, EXIT_FAILED with an error message."""
+    die_with_supervisor()
     reporter = Reporter(take_stdout())
     workspaces: SimpleQueue[Path] = SimpleQueue()
     threading.Thread(target=follow_supervisor, args=(workspaces,), name="life-line", daemon=True).start()
@@ -105,6 +108,12 @@ def has_children() -> bool:
     except ChildProcessError:
         return False
     return True
+
+
+def die_with_supervisor() -> None:
+    """Have the kernel kill this process when the supervisor dies: it needs no turn of ours for that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def take_stdout() -> int:

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, BinaryIO
 
 from worker.protocol import AnyMessage, ReadyMessage, capped_lines, parse
@@ -17,23 +20,26 @@ LOG_BYTES = 10 * 2**20
 PIPE_SECONDS = 5.0
 
 Hear = Callable[[AnyMessage], None]
+Start = Callable[[], "subprocess.Popen[bytes]"]
 
 
 class Child:
     """A process that leads its own session. It reads the workspaces of its tasks from stdin, one per line; the end of
-    stdin tells it that we died. `directory` is its home and goes with it."""
+    stdin tells it that we died, and so does the system. `directory` is its home and goes with it."""
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], directory: Path) -> None:
         self._directory = directory
-        self._process = subprocess.Popen(
-            list(argv),
-            cwd=directory,
-            env=dict(env),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            umask=0o077,
+        self._process = _spawn(
+            lambda: subprocess.Popen(
+                list(argv),
+                cwd=directory,
+                env=dict(env),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                umask=0o077,
+            )
         )
         self._alive = threading.Lock()  # held while a signal is sent: the process id is ours until it was reaped
         self._reaped = False
@@ -179,6 +185,31 @@ class _CappedLog:
     def close(self) -> None:
         with self._lock:
             self._file.close()
+
+
+def _spawn(start: Start) -> "subprocess.Popen[bytes]":
+    """The process, started by a thread that ends with this process only.
+
+    To Linux, the parent whose death ends a child (`worker.child`) is the thread that started it; slots end sooner."""
+    answer: Future[subprocess.Popen[bytes]] = Future()
+    _orders().put((start, answer))
+    return answer.result()
+
+
+@cache
+def _orders() -> "SimpleQueue[tuple[Start, Future[subprocess.Popen[bytes]]]]":
+    orders: SimpleQueue[tuple[Start, Future[subprocess.Popen[bytes]]]] = SimpleQueue()
+
+    def serve() -> None:
+        while True:
+            start, answer = orders.get()
+            try:
+                answer.set_result(start())
+            except Exception as error:
+                answer.set_exception(error)
+
+    _start(serve, "spawner")
+    return orders
 
 
 def _opened(stream: IO[bytes] | None) -> IO[bytes]:
