@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_core import distributed
 from lora_core.checkpoint import Fingerprint
 from lora_core.inject import adapter_layers
 from lora_core.qlora import NF4Weight
@@ -24,6 +25,7 @@ _CODE = (
         "batching",
         "data",
         "distributed",
+        "evaluation",
         "fused",
         "fusing",
         "inject",
@@ -36,7 +38,7 @@ _CODE = (
     ),
     *("packing", "schedule", "state", "task", "train", "train_config", "trainable"),
     *("adalora", "allocator", "convolutions", "dora", "embeddings", "experts", "nf4", "principal", "qlora"),
-    *("query_value", "whole"),
+    *("query_value", "sharding", "whole"),
     *("classification", "dpo", "seq2seq"),
 )
 
@@ -62,6 +64,8 @@ def take_fingerprint(
         "lora_core": _digest(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)[:12],
         "device": _device_name(model.device),
         "threads": str(torch.get_num_threads()),
+        "processes": str(distributed.world_size()),
+        "sharding": "full" if distributed.is_sharded(model) else "none",
         "dtype": str(model.dtype).removeprefix("torch."),
         "repeatable": "yes" if _is_repeatable(model.device) else "no",
     }

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from lora_core import distributed
 from lora_core.batching import epoch_steps, micro_batches
 from lora_core.errors import BadConfig, CheckpointMismatch, NoGradient, TrainingDiverged
-from lora_core.mode import evaluating, training
+from lora_core.evaluation import evaluate
+from lora_core.mode import training
 from lora_core.optimizer import make_optimizer, set_rate
 from lora_core.pressure import is_out_of_memory, release
 from lora_core.schedule import lr_factor
@@ -91,19 +93,6 @@ def train(
         return run.run(on_step, should_stop, on_checkpoint, should_checkpoint)
 
 
-@torch.no_grad()
-def evaluate(model: Any, examples: Sequence[Any], *, task: Task | None = None, tokens_per_batch: int = 4096) -> float:
-    """Mean loss per target. The model's mode is kept. In a process group each process evaluates its share."""
-    task = task or default_task(model)
-    lengths = [task.length(example) for example in examples]
-    rows = distributed.share(range(len(examples)), lengths)
-    loss = 0.0
-    with evaluating(model, packed=packs(task)):
-        for piece in micro_batches(rows, lengths, max_tokens=tokens_per_batch, packed=packs(task)):
-            loss += task.loss_sum(model, task.collate([examples[row] for row in piece], model.device)).item()
-    return distributed.total(loss, model.device) / sum(task.targets(example) for example in examples)
-
-
 class _Run:
     def __init__(  # noqa: PLR0917  what train is given, in its order
         self,
@@ -121,6 +110,7 @@ class _Run:
         self.task = task
         self.after_step = after_step
         self.lengths = [task.length(example) for example in examples]
+        distributed.require_equal((config, self.lengths), "rows or settings")
         named = trained_parameters(model)
         if not named:
             raise NoGradient("the model has nothing to train", modules=[])
@@ -263,11 +253,18 @@ class _Run:
         mine = distributed.share(rows, self.lengths)
         generators = rng_state(self.model.device)
         while True:
-            pieces = micro_batches(mine, self.lengths, max_tokens=self.tokens_per_batch, packed=packs(self.task))
+            packed = packs(self.task)
+            cut = partial(micro_batches, lengths=self.lengths, max_tokens=self.tokens_per_batch, packed=packed)
+            pieces = cut(mine)
             try:
-                return sum(self._piece(piece, targets) for piece in pieces)
+                loss = sum(self._piece(piece, targets) for piece in pieces)
+                for row in distributed.idle_rows(self.model, rows, self.lengths, cut):
+                    self._piece([row], math.inf)  # it adds zero
+                return loss
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or all(len(piece) == 1 for piece in pieces):
+                # Where the base is sharded, the other processes are in the midst of the same layers.
+                final = distributed.is_sharded(self.model) or all(len(piece) == 1 for piece in pieces)
+                if not is_out_of_memory(error) or final:
                     raise
             # Here the error is gone, and with it the frames that held the activations.
             self.optimizer.zero_grad(set_to_none=True)
@@ -276,9 +273,9 @@ class _Run:
             set_rng_state(generators, self.model.device)
             self.tokens_per_batch = self._largest(pieces) // 2
 
-    def _piece(self, piece: list[int], targets: int) -> float:
+    def _piece(self, piece: list[int], targets: float) -> float:
         batch = self.task.collate([self.examples[row] for row in piece], self.model.device)
-        share = self.task.loss_sum(self.model, batch) / targets
+        share = distributed.loss_sum(self.task, self.model, batch) / targets
         share.backward()
         return share.item()
 
