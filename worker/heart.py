@@ -52,7 +52,7 @@ class Heart:
         with self._lock:
             if self._still.is_set():
                 return
-            progress, events = self._attempt.news.take()
+            progress, events, made = self._attempt.news.take()
             sent = time.monotonic()
             try:
                 with transaction(self._sessions) as session:
@@ -63,6 +63,7 @@ class Heart:
                         lease_seconds=self._lease_seconds,
                         progress=progress,
                         events=events,
+                        events_made=made,
                     )
             except BaseException:
                 self._attempt.news.give_back(events)

@@ -25,13 +25,14 @@ class News:
         self._changed = False
         # While Postgres is away, the oldest events give way: memory stays bounded for days.
         self._events: deque[NewEvent] = deque(maxlen=MAX_EVENTS)
+        self._made = 0
         self._held: StepMessage | None = None
         self._last_metrics = -METRICS_EVERY_SECONDS
 
     def note(self, message: str, *, level: Literal["info", "warn"] = "info") -> None:
         with self._lock:
             self._add_held()
-            self._events.append(NewEvent(type="message", level=level, message=message))
+            self._add(NewEvent(type="message", level=level, message=message))
 
     def phase(self, phase: str, *, total_steps: int | None = None) -> None:
         with self._lock:
@@ -64,14 +65,15 @@ class News:
         with self._lock:
             self._add_held()
 
-    def take(self) -> tuple[dict[str, Any] | None, list[NewEvent]]:
-        """(progress or None when nothing changed, events) since the last `take`."""
+    def take(self) -> tuple[dict[str, Any] | None, list[NewEvent], int]:
+        """(progress or None when nothing changed, events) since the last `take`, and how many events there ever were:
+        these are the last of them."""
         with self._lock:
             progress = dict(self._progress) if self._changed else None
             events = list(self._events)
             self._events.clear()
             self._changed = False
-            return progress, events
+            return progress, events, self._made
 
     def give_back(self, events: list[NewEvent]) -> None:
         """Put events back that could not be delivered."""
@@ -83,8 +85,12 @@ class News:
 
     def _add_held(self) -> None:
         if self._held is not None:
-            self._events.append(_metrics_event(self._held))
+            self._add(_metrics_event(self._held))
             self._held = None
+
+    def _add(self, event: NewEvent) -> None:
+        self._events.append(event)
+        self._made += 1
 
 
 def _progress_of(step: StepMessage) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def record_resume(
     """The owner's attempt went on from `step`: with the same bits, or as well as the `differences` allow. FenceLost."""
     job = lock_owned(session, job_id, fence)
     attempt = update(JobAttempt).where(JobAttempt.job_id == job_id, JobAttempt.attempt == job.attempt)
-    session.execute(attempt.values(resume=resume))
+    noted = attempt.where(JobAttempt.resume.is_distinct_from(resume)).values(resume=resume)
+    if session.scalar(noted.returning(JobAttempt.job_id)) is None:
+        return  # the answer to an earlier call got lost
     told = f"Resumed at step {step} (exact)."
     if resume == "best_effort":
         told = f"Resumed at step {step} (best_effort: {'; '.join(differences)})."

@@ -67,18 +67,27 @@ def heartbeat(
     lease_seconds: float,
     progress: dict[str, Any] | None,
     events: Sequence[NewEvent] = (),
+    events_made: int | None = None,
 ) -> Beat:
     """Extends the lease and records progress and events; FenceLost when the job has another owner or none.
 
-    A lease that ran out but was not yet collected is extended: the fence, not the time, decides."""
+    An owner that counts its events says how many it made so far, `events` being the last of them: those that an
+    earlier beat stored, whose answer got lost, are not stored again. A lease that ran out but was not yet collected is
+    extended: the fence, not the time, decides."""
     values: dict[str, Any] = {"lease_expires_at": in_seconds(lease_seconds), "heartbeat_at": NOW}
     if progress is not None:
         values["progress"] = progress
     owned = (Job.id == job_id, Job.fence == fence, IS_OWNED)
-    beaten = update(Job).where(*owned).values(values).returning(Job.state, Job.paused_at)
+    beaten = update(Job).where(*owned).values(values).returning(Job.state, Job.paused_at, Job.events_told)
     found = session.execute(beaten, execution_options={"synchronize_session": False}).one_or_none()
     if found is None:
         raise FenceLost
+    if events_made is not None:
+        untold = min(len(events), max(0, events_made - found.events_told))
+        events = events[len(events) - untold :]
+    if events and events_made is not None:
+        told = update(Job).where(*owned).values(events_told=events_made)
+        session.execute(told, execution_options={"synchronize_session": False})
     add_events(session, job_id, fence, events)
     cancel = found.state == JobState.CANCELLING
     return Beat(cancel=cancel, pause=found.paused_at is not None and not cancel)
@@ -151,6 +160,7 @@ def _take(session: Session, line: Line, *, worker: str, lease_seconds: float) ->
             heartbeat_at=NOW,
             started_at=func.coalesce(Job.started_at, NOW),
             progress=None,
+            events_told=0,
             error_class=None,
             error_code=None,
             error_message=None,

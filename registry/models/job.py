@@ -84,6 +84,9 @@ class Job(Base):
     lease_expires_at: Mapped[Moment | None]
     heartbeat_at: Mapped[Moment | None]
     progress: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    events_told: Mapped[int] = mapped_column(
+        BigInteger, server_default=text("0"), comment="events of the current owner's heartbeats that are stored"
+    )
     infra_failures: Mapped[int] = mapped_column(server_default=text("0"))
     error_class: Mapped[str | None]
     error_code: Mapped[str | None]

@@ -5,6 +5,7 @@ import time
 import uuid
 
 import pytest
+from sqlalchemy.event import listen
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
@@ -24,13 +25,21 @@ class Switch:
     def __init__(self, sessions: SessionFactory) -> None:
         self._sessions = sessions
         self.away = False
+        self.deaf = False
         self.refused = 0
 
     def __call__(self) -> Session:
         if self.away:
             self.refused += 1
             raise OperationalError("SELECT 1", {}, ConnectionRefusedError())
-        return self._sessions()
+        session = self._sessions()
+        if self.deaf:
+            listen(session, "after_commit", lose_answer)
+        return session
+
+
+def lose_answer(_session: Session) -> None:
+    raise OperationalError("COMMIT", {}, ConnectionResetError())
 
 
 @pytest.fixture
@@ -97,6 +106,24 @@ def test_events_of_an_outage_arrive_after_it_in_order(depot: Depot, attempt: Att
     heart.beat()
     told = [event.message for event in depot.events(attempt.job_id) if event.type == "message"]
     assert told == ["first", "second"]
+
+
+def test_events_whose_delivery_was_not_acknowledged_are_told_once(
+    depot: Depot, attempt: Attempt, switch: Switch
+) -> None:
+    heart = make_heart(attempt, switch)
+    attempt.news.note("first")
+    heart.beat()
+    attempt.news.note("second")
+    switch.deaf = True
+    with pytest.raises(OperationalError):
+        heart.beat()
+    attempt.news.note("third")
+    switch.deaf = False
+    heart.beat()
+    heart.beat()
+    told = [event.message for event in depot.events(attempt.job_id) if event.type == "message"]
+    assert told == ["first", "second", "third"]
 
 
 def test_a_lost_fence_stops_the_attempt(depot: Depot, attempt: Attempt, switch: Switch) -> None:

@@ -81,7 +81,7 @@ def test_a_checkpoint_is_stored_committed_and_cleared_away(
     keeper.close()
     assert steps(depot, attempt.job_id) == [5]
     assert list(folder.iterdir()) == []
-    progress, _ = attempt.news.take()
+    progress, *_ = attempt.news.take()
     assert progress == {"checkpoint_step": 5}
     with depot.sessions() as session:
         row = session.scalars(select(Checkpoint)).one()

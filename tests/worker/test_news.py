@@ -59,7 +59,7 @@ def test_progress_is_the_newest_and_told_only_when_it_changed() -> None:
         "tokens_per_second": 9.0,
         "eta_seconds": 3.0,
     }
-    assert news.take() == (None, [])
+    assert news.take() == (None, [], 1)
 
 
 def test_undelivered_news_keep_their_order_and_their_bound() -> None:
@@ -69,5 +69,7 @@ def test_undelivered_news_keep_their_order_and_their_bound() -> None:
     taken = news.take()[1]
     news.note("newest")
     news.give_back(taken)
-    messages = [event.message for event in news.take()[1]]
+    _, events, made = news.take()
+    messages = [event.message for event in events]
     assert (len(messages), messages[0], messages[-1]) == (MAX_EVENTS, "1", "newest")
+    assert made == MAX_EVENTS + 1

@@ -120,6 +120,15 @@ def test_a_former_owner_changes_nothing(sessions: SessionFactory, act: Callable[
     assert referenced(sessions) == 2
 
 
+def test_a_resume_that_is_recorded_again_is_told_once(sessions: SessionFactory) -> None:
+    job = claimed(sessions)
+    resume(sessions, job)
+    resume(sessions, job)
+    assert len(told(sessions, job, "resumed")) == 1
+    resume(sessions, job, resume="best_effort", differences=["torch"])  # it began again, with other kernels
+    assert len(told(sessions, job, "resumed")) == 2
+
+
 def test_an_ended_job_takes_no_checkpoint(sessions: SessionFactory) -> None:
     job = claimed(sessions)
     publish(sessions, job)

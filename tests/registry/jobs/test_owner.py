@@ -121,6 +121,28 @@ def test_a_heartbeat_that_lost_its_fence_stores_no_events(sessions: SessionFacto
         assert "ghost" not in session.scalars(select(JobEvent.message)).all()
 
 
+def test_events_that_are_sent_again_are_stored_once(sessions: SessionFactory) -> None:
+    job = claimed(sessions)
+    a, b, c, d = (NewEvent("message", "info", text) for text in "abcd")
+    beat(sessions, job, events=[a, b], events_made=2)
+    beat(sessions, job, events=[a, b], events_made=2)
+    beat(sessions, job, events=[b, c], events_made=3)
+    beat(sessions, job, events=[], events_made=3)
+    let_go(sessions, job)
+    make_due(sessions)
+    again = claim_one(sessions)
+    assert again is not None
+    beat(sessions, again, events=[d], events_made=1)  # another owner counts for itself
+    with sessions() as session:
+        stored = select(JobEvent.message).where(JobEvent.job_id == job.id, JobEvent.type == "message")
+        assert [text for text in session.scalars(stored.order_by(JobEvent.id)) if len(text) == 1] == [
+            "a",
+            "b",
+            "c",
+            "d",
+        ]
+
+
 # ── publish ──────────────────────────────────────────────────────────────────────────────────────
 
 
