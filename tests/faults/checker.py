@@ -130,7 +130,7 @@ def _condemned(session: Session) -> Iterator[str]:
 
 def _left_behind(site: Site) -> list[str]:
     """No trainer, no open file and no folder of an attempt; a moment is given to what is being cleaned up."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while (found := list(_remains(site))) and time.monotonic() < end:
         time.sleep(0.1)
     return found

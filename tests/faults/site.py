@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -42,8 +41,9 @@ from registry.storage.digests import digest_file
 from tests.conftest import empty_database
 from tests.faults.proxy import TcpProxy
 from tests.faults.s3_proxy import S3Proxy
-from tests.faults.toy_child import HIDDEN, MODULES, R, undisturbed
+from tests.faults.toy_child import HELD, HIDDEN, MODULES, R, undisturbed
 from tests.faults.zygote import Forked, Zygote
+from tests.ports import free_port
 from tests.registry.storage.conftest import S3Server
 from tests.tiny import make_rows, write_jsonl
 from tests.worker.depot import Depot, make_depot, upload
@@ -56,7 +56,7 @@ DATA = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 # A lost worker is noticed soon, and yet not while a busy machine keeps it waiting.
 QUICK = {
     "DEPOT_HEARTBEAT_SECONDS": "0.5",
-    "DEPOT_LEASE_SECONDS": "3",
+    "DEPOT_LEASE_SECONDS": "6",
     "DEPOT_REAPER_SECONDS": "0.5",
     "DEPOT_POLL_SECONDS": "0.3",
     "DEPOT_RELAY_SECONDS": "0.2",
@@ -316,6 +316,16 @@ class Site:
         ended = {"succeeded", "failed", "cancelled"}
         self.wait(lambda: self.depot.states(jobs) <= ended, "all jobs ended", seconds=seconds)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No trainer takes its last step while the block runs: jobs that train are sure to go on doing so."""
+        held = self.home / HELD
+        held.touch()
+        try:
+            yield
+        finally:
+            held.unlink()
+
     def wait_steps(self, job_id: uuid.UUID, steps: int = 1) -> None:
         self.wait(lambda: ((self.depot.job(job_id).progress or {}).get("step") or 0) >= steps, f"{steps} steps")
 
@@ -341,15 +351,13 @@ class Api:
     """The API process and a client of it."""
 
     def __init__(self, zygote: Zygote, env: Mapping[str, str], log: Path, key: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.process = zygote.fork("api", env=env, log=log, port=port)
         self.client = httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
             headers={"Authorization": f"Bearer {key}"},
             trust_env=False,
-            timeout=30,
+            timeout=60,
         )
 
     def wait_ready(self) -> None:

@@ -73,8 +73,9 @@ def test_bytes_that_arrive_damaged_are_never_trained_on(site: Site) -> None:
 def test_a_wire_that_swallows_everything_or_is_cut_is_waited_out(site: Site) -> None:
     job = site.submit(steps=30, ms=50)
     site.start_worker()
-    site.wait_steps(job, 3)
-    site.wires.store.blackhole()
+    with site.held():
+        site.wait_steps(job, 3)
+        site.wires.store.blackhole()
     signal.sigtimedwait([], 2)
     site.wires.store.reset()
     site.wires.store.refuse()
@@ -89,8 +90,9 @@ def test_a_wire_that_swallows_everything_or_is_cut_is_waited_out(site: Site) -> 
 def test_a_cancelled_job_does_not_wait_for_a_store_that_is_away(site: Site, steps: int) -> None:
     job = site.submit(steps=steps, ms=50)
     site.start_worker()
-    site.wait_steps(job, 2)
-    site.wires.store.refuse()
+    with site.held():
+        site.wait_steps(job, 2)
+        site.wires.store.refuse()
     site.wait(lambda: "trying again quietly" in site.said(), "the worker noticed")
     site.depot.cancel(job)
     site.wait_ended(job)
@@ -101,8 +103,9 @@ def test_a_cancelled_job_does_not_wait_for_a_store_that_is_away(site: Site, step
 def test_a_newest_checkpoint_that_rotted_is_passed_over(site: Site) -> None:
     job = site.submit(steps=60, ms=50)
     worker = site.start_worker()
-    site.wait(lambda: len(site.checkpoints(job)) == 2, "two checkpoints")
-    worker.kill()
+    with site.held():
+        site.wait(lambda: len(site.checkpoints(job)) == 2, "two checkpoints")
+        worker.kill()
     newest = site.checkpoints(job)[0]
     with site.sessions() as session:
         files = session.scalars(select(CheckpointFile).where(CheckpointFile.checkpoint_id == newest.id))

@@ -2,7 +2,8 @@
 
 It does what a trainer does: steps whose bits depend on data, seed and everything before, momentum that a resume must
 restore, checkpoints in the real format, read and compared with the real code, and an adapter that passes the gate.
-`n_epochs` of the spec is the number of steps, `batch_size` milliseconds per step. Seeds from ESCAPE on misbehave."""
+`n_epochs` of the spec is the number of steps, `batch_size` milliseconds per step. Seeds from ESCAPE on misbehave. While
+a file HELD lies in the home of the test, nobody takes a last step."""
 
 import hashlib
 import json
@@ -35,6 +36,7 @@ MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 TRUNK = "base_model.model."
 STOPPED = 75
 ESCAPE, DEAF = 1000, 1001
+HELD = "held"
 
 Tensors = dict[str, np.ndarray]
 
@@ -130,6 +132,10 @@ class Signals:
         self.drain = number == signal.SIGUSR1
 
 
+def is_held(workspace: Path) -> bool:
+    return any((folder / HELD).exists() for folder in workspace.parents)
+
+
 def train(task: dict[str, Any], workspace: Path, signals: Signals) -> int:
     spec = task["spec"]
     data = Path(task["training_file"]).read_bytes()
@@ -140,6 +146,8 @@ def train(task: dict[str, Any], workspace: Path, signals: Signals) -> int:
     say(type="phase", phase="training", total_steps=total)
     saved = time.monotonic()
     while state.step < total:
+        while state.step == total - 1 and is_held(workspace) and not signals.stop:
+            time.sleep(0.01)
         advance(state, data, seed)
         time.sleep(spec["batch_size"] / 1000)
         say(type="step", step=state.step, total_steps=total, loss=1.0, learning_rate=0.01)

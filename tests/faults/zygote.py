@@ -133,7 +133,7 @@ class Forked:
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
-        self.wait(10)
+        self.wait(60)
 
     def wait(self, seconds: float) -> None:
         """Until it is gone; psutil.TimeoutExpired."""
