@@ -16,7 +16,7 @@ from cli.embedded.postgres import postgres_url
 from cli.embedded.process import ROOT
 from cli.home import Home
 
-DEADLINE = 90.0
+DEADLINE = 200.0
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -40,11 +40,14 @@ class Depot:
             process = subprocess.Popen(argv, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
         self.started.append(process)
         if ready:
-            wait_for(lambda: self.state().get("url") or process.poll() is not None, "ready or ended")
-            assert process.poll() is None, self.said()
-            working = self.home.work / str(self.children()["worker"])
-            wait_for(working.exists, "the worker works")
+            self.wait_ready(process)
         return process
+
+    def wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+        wait_for(lambda: self.state().get("url") or process.poll() is not None, "ready or ended")
+        assert process.poll() is None, self.said()
+        working = self.home.work / str(self.children()["worker"])
+        wait_for(working.exists, "the worker works")
 
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""

@@ -40,7 +40,7 @@ def serve(settings: Settings, listener: socket.socket) -> Iterator[None]:
         yield
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=120)
         app.state.depot.engine.dispose()
 
 

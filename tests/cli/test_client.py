@@ -45,9 +45,10 @@ def published(depot: Depot, run: Run, rows: str) -> str:
 
 
 def test_a_depot_that_does_not_answer_is_a_sentence(depot: Depot, run: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    said = run("adapters", "list", status=1, DEPOT_URL=f"http://127.0.0.1:{port}").stderr
+    with socket.socket() as deaf:  # it has the port and does not listen
+        deaf.bind(("127.0.0.1", 0))
+        port = deaf.getsockname()[1]
+        said = run("adapters", "list", status=1, DEPOT_URL=f"http://127.0.0.1:{port}").stderr
     assert "lora-depot up" in said and f":{port}" in said and "(not_connected)" in said
     assert said.count("\n") == 1
 

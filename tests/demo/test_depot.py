@@ -23,7 +23,7 @@ def test_a_depot_is_started_used_again_and_stopped(tmp_path: Path, monkeypatch: 
             assert not started_again
             assert again.url == client.url
         assert client.readiness()  # leaving the inner one stopped nothing
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive
     assert find_client(home) is None
 

@@ -19,7 +19,7 @@ LORA_DEPOT = SCRIPTS / "lora-depot"
 # A lost worker is noticed soon; computing threads do not fight for the machine's few cores.
 QUICK = {
     "DEPOT_HEARTBEAT_SECONDS": "0.5",
-    "DEPOT_LEASE_SECONDS": "3",
+    "DEPOT_LEASE_SECONDS": "6",
     "DEPOT_REAPER_SECONDS": "0.5",
     "DEPOT_POLL_SECONDS": "1",
     "OMP_NUM_THREADS": "1",

@@ -25,6 +25,7 @@ from cli.embedded.stack import answers, production_commands
 from tests.cli.depot import wait_for
 from tests.e2e.compose import ROOT, command, dockerfile, dot_env, health_check, service
 from tests.e2e.stack import SCRIPTS, User, clean_environment
+from tests.ports import free_port
 from tests.registry.storage.conftest import S3Server
 from tests.tiny import make_base, make_rows, write_jsonl
 
@@ -87,9 +88,7 @@ def empty_database(database_url: str, engine: Engine) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def host(empty_database: str, valkey_url: str, rclone: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Host:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     variables = dot_env(
         POSTGRES_PASSWORD=secrets.token_hex(32),
         VALKEY_PASSWORD=secrets.token_hex(32),
@@ -118,7 +117,7 @@ def api(host: Host) -> Iterator[subprocess.Popen[bytes]]:
     assert process.poll() is None, host.log("api").read_text()
     yield process
     process.terminate()
-    process.wait(30)
+    process.wait(90)
     log = host.log("api").read_text()
     assert "Application shutdown complete" in log
     assert "Traceback" not in log
@@ -130,7 +129,7 @@ def worker(host: Host, api: subprocess.Popen[bytes]) -> Iterator[subprocess.Pope
     yield process
     assert process.poll() is None, host.log("worker").read_text()
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(90) == 0
     assert "Traceback" not in host.log("worker").read_text()
 
 
