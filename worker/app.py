@@ -5,6 +5,7 @@ even looked for and do not care whether it is there."""
 
 import atexit
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -71,10 +72,12 @@ def log_to_stderr(**_: Any) -> None:
 
 def start(**_: Any) -> None:
     # Not `worker_ready`, which waits for the broker.
+    # Celery listens to signals a moment later; jobs run from now on, and `stop` at the exit gives them back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     service = make_service(settings, queues)
     services.append(service)
-    service.start()
     atexit.register(stop)
+    service.start()
 
 
 def drain(**_: Any) -> None:

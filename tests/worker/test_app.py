@@ -27,6 +27,14 @@ def test_sigterm_gives_the_job_back_without_a_penalty(depot: Depot, start_worker
     wait_until(lambda: depot.job(job_id).attempt == 2 and depot.job(job_id).state == "running")
 
 
+def test_sigterm_while_the_worker_starts_gives_the_job_back(depot: Depot, start_worker: StartWorker) -> None:
+    job_id = depot.submit(seed=LONG)
+    worker = start_worker("tests.worker.hasty_app")
+    assert worker.process.wait(120) == 0
+    job = depot.job(job_id)
+    assert (job.state, job.infra_failures, job.attempt) == ("queued", 0, 1)
+
+
 def test_kill_of_the_worker_ends_its_trainer(depot: Depot, start_worker: StartWorker) -> None:
     worker = start_worker()
     job_id = depot.submit(seed=LONG)
@@ -58,8 +66,9 @@ def test_a_process_that_waits_ends_when_its_worker_is_killed(depot: Depot, start
 
 def test_flushing_redis_loses_no_job(depot: Depot, start_worker: StartWorker, valkey_url: str) -> None:
     jobs = [depot.submit(seed=SUCCEED, adapter=f"bot-{number}") for number in range(3)]
-    assert relay(depot.sessions, CeleryDispatcher(valkey_url).send) == len(jobs)
     with connect_redis(valkey_url) as client:
+        client.flushall()  # what nobody read before the last worker was killed
+        assert relay(depot.sessions, CeleryDispatcher(valkey_url).send) == len(jobs)
         assert client.llen("default") == len(jobs)
         client.flushall()
     start_worker()
