@@ -84,7 +84,7 @@ def runner(host: Host) -> Iterator[Runner]:
     runner.start()
     yield runner
     runner.drain()
-    assert runner.join(20)
+    assert runner.join(120)
 
 
 @pytest.fixture

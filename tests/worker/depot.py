@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import redis
 from sqlalchemy import func, select
 
@@ -130,7 +131,7 @@ def make_depot(
     return depot
 
 
-def wait_until(fact: Callable[[], Any], *, seconds: float = 60.0, what: str = "") -> Any:
+def wait_until(fact: Callable[[], Any], *, seconds: float = 120.0, what: str = "") -> Any:
     """The first true answer of `fact`; fails with `what` when there is none in time."""
     end = time.monotonic() + seconds
     while not (answer := fact()):
@@ -152,17 +153,14 @@ class WorkerProcess:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    def terminate(self, seconds: float = 30.0) -> int:
+    def terminate(self, seconds: float = 120.0) -> int:
+        """Ask it to stop; its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
     def children(self) -> list[int]:
         """Process ids of trainers that this worker started."""
-        text = Path(f"/proc/{self.process.pid}/task")
-        found: list[int] = []
-        for task in text.glob("*/children"):
-            found += [int(pid) for pid in task.read_text().split()]
-        return found
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
 
 
 def worker_env(
@@ -174,7 +172,7 @@ def worker_env(
     poll_seconds: float = 0.5,
     checkpoint_seconds: float = 600.0,
 ) -> dict[str, str]:
-    """Settings of a quick worker: short leases, short polls."""
+    """Settings of a quick worker: leases that a busy machine keeps, short polls."""
     settings = {
         "DEPOT_DATABASE_URL": database_url,
         "DEPOT_REDIS_URL": redis_url,
@@ -184,7 +182,7 @@ def worker_env(
         "DEPOT_CACHE_DIR": str(home / "cache"),
         "DEPOT_SLOTS": "2",
         "DEPOT_HEARTBEAT_SECONDS": "0.4",
-        "DEPOT_LEASE_SECONDS": "2",
+        "DEPOT_LEASE_SECONDS": "6",
         "DEPOT_REAPER_SECONDS": "0.4",
         "DEPOT_POLL_SECONDS": str(poll_seconds),
         "DEPOT_RELAY_SECONDS": "0.2",

@@ -165,7 +165,7 @@ def test_a_child_whose_supervisor_is_gone_ends(task: TrainTask, tmp_path: Path) 
     assert child.stdout
     assert isinstance(parse(child.stdout.readline()), PhaseMessage)
     child.stdin.close()
-    assert child.wait(30) == EXIT_STOPPED
+    assert child.wait(120) == EXIT_STOPPED
     child.stdout.close()
 
 

@@ -35,7 +35,7 @@ def test_a_worker_that_lost_a_slot_has_no_pulse(host: Host, tmp_path: Path) -> N
     renew()
     assert (tmp_path / "box.pulse").exists()
     runner.drain()
-    assert runner.join(20)
+    assert runner.join(120)
     assert not runner.is_whole()
 
 

@@ -57,8 +57,8 @@ def attempt(depot: Depot) -> Attempt:
     return Attempt(job_id=job.id, tenant_id=job.tenant_id, fence=job.fence)
 
 
-def make_heart(attempt: Attempt, switch: Switch, *, lease_seconds: float = 0.3) -> Heart:
-    return Heart(attempt, switch, lease_seconds=lease_seconds, heartbeat_seconds=0.05)  # type: ignore[arg-type]
+def make_heart(attempt: Attempt, switch: Switch) -> Heart:
+    return Heart(attempt, switch, lease_seconds=60, heartbeat_seconds=0.05)  # type: ignore[arg-type]
 
 
 def test_nothing_is_published_while_nobody_knows_who_owns_the_job(attempt: Attempt, switch: Switch) -> None:
@@ -66,7 +66,8 @@ def test_nothing_is_published_while_nobody_knows_who_owns_the_job(attempt: Attem
     heart.start()
     published = threading.Event()
     switch.away = True
-    wait_until(lambda: not attempt.is_trusted())
+    wait_until(lambda: switch.refused)  # so no beat is on its way
+    attempt.trust(time.monotonic())  # as if a lease had passed since the last one
     writer = threading.Thread(target=lambda: conclude(attempt, heart, published.set))
     writer.start()
     before = switch.refused
@@ -83,12 +84,16 @@ def test_a_slow_publish_asks_again_before_it_writes(attempt: Attempt, switch: Sw
     heart = make_heart(attempt, switch)
     writes: list[bool] = []
 
+    def return_after_a_refusal() -> None:
+        wait_until(lambda: switch.refused)
+        switch.away = False
+
     def publish() -> None:
         writes.append(attempt.is_trusted())
         if len(writes) == 1:
             switch.away = True  # the commit's answer was lost together with the database
             attempt.trust(time.monotonic())
-            threading.Timer(0.5, lambda: setattr(switch, "away", False)).start()
+            threading.Thread(target=return_after_a_refusal).start()
             raise OperationalError("COMMIT", {}, ConnectionResetError())
 
     conclude(attempt, heart, publish)

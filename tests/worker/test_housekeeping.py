@@ -15,6 +15,16 @@ from tests.worker.depot import Depot, wait_until
 from worker.housekeeping import Chore, make_presence, make_reaper, make_relay
 
 
+def end(chore: Chore) -> None:
+    chore.stop()
+    chore._thread.join()
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """What the worker's own code said, not what else runs in this process."""
+    return [record for record in caplog.records if record.name.startswith("worker")]
+
+
 def test_a_chore_survives_errors_and_logs_an_outage_once(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[int] = []
     recovered = threading.Event()
@@ -30,8 +40,8 @@ def test_a_chore_survives_errors_and_logs_an_outage_once(caplog: pytest.LogCaptu
     chore.start()
     assert recovered.wait(30)
     wait_until(lambda: len(calls) > 5)
-    chore.stop()
-    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    end(chore)
+    assert [record.levelname for record in told(caplog)] == ["ERROR", "INFO"]
 
 
 def test_a_worker_shows_that_it_is_there(depot: Depot) -> None:
@@ -43,7 +53,7 @@ def test_a_worker_shows_that_it_is_there(depot: Depot) -> None:
             return list(session.scalars(select(Worker)))
 
     (worker,) = wait_until(seen)
-    chore.stop()
+    end(chore)
     assert (worker.queues, worker.slots) == (["gpu"], 2)
 
 
@@ -64,9 +74,8 @@ def test_without_redis_the_relay_says_so_once_and_the_reaper_works(
     wait_until(lambda: depot.job(job.id).state == "queued")
     wait_until(lambda: any("relay" in record.message for record in caplog.records))
     for chore in chores:
-        chore.stop()
+        end(chore)
     with depot.sessions() as session:
         assert session.scalar(select(func.count()).select_from(Job).where(Job.infra_failures == 1)) == 1
-    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(told) == 1
-    assert told[0].exc_info is None
+    (warning,) = [record for record in told(caplog) if record.levelno >= logging.WARNING]
+    assert warning.exc_info is None

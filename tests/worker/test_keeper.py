@@ -61,6 +61,7 @@ def keeper(host: Host, attempt: Attempt, folder: Path) -> Iterator[CheckpointKee
     yield keeper
     attempt.stop(Stop.LOST)  # leaves at once
     keeper.close()
+    keeper._thread.join(60)
 
 
 def save(folder: Path, step: int, *, says: int | None = None) -> CheckpointMessage:
@@ -175,7 +176,7 @@ def test_an_outage_does_not_hold_up_a_cancelled_job(
     keeper.hear(save(folder, 1))
     attempt.stop(Stop.CANCEL)
     keeper.close()
-    wait_until(lambda: not any(thread.name.startswith("keeper-") for thread in threading.enumerate()))
+    wait_until(lambda: not keeper._thread.is_alive())
     away.rename(objects)
     assert steps(depot, attempt.job_id) == []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from lora_core.checkpoint import TENSORS_FILE
 from registry.jobs.checkpoints import newest_checkpoints
@@ -16,15 +16,16 @@ from registry.models import Checkpoint, Job, JobAttempt, JobEvent, VersionFile
 from tests.tiny import make_rows, write_jsonl
 from tests.worker.conftest import StartWorker
 from tests.worker.depot import BASE_NAME, LORA, Depot, WorkerProcess, is_alive, wait_until
+from tests.worker.held_child import HELD
 from worker.reporter import Reporter
 from worker.service import cpu_count
 from worker.task import OUT, TrainTask
 from worker.train_child import train_adapter
 
-APP = "worker.app"
+APP, HELD_APP = "worker.app", "tests.worker.held_app"
 SPEC: dict[str, Any] = {
     "lora": {**LORA, "lora_dropout": 0.2},
-    "n_epochs": 300,
+    "n_epochs": 100,
     "batch_size": 8,
     "max_length": 128,
     "learning_rate": 1e-3,
@@ -63,6 +64,12 @@ def told(depot: Depot, job_id: uuid.UUID, code: str) -> list[JobEvent]:
     return [event for event in depot.events(job_id) if (event.data or {}).get("code") == code]
 
 
+@pytest.fixture
+def held(tmp_path: Path) -> None:
+    """What HELD_APP trains does not come to its end."""
+    (tmp_path / HELD).touch()
+
+
 def killed_after_two_checkpoints(depot: Depot, worker: WorkerProcess) -> uuid.UUID:
     """A job whose worker is dead; what it saved is there."""
     job_id = depot.submit(**SPEC)
@@ -70,8 +77,16 @@ def killed_after_two_checkpoints(depot: Depot, worker: WorkerProcess) -> uuid.UU
     (child,) = worker.children()
     worker.kill()
     wait_until(lambda: not is_alive(child), what="the trainer to notice that its supervisor is dead")
+    wait_until(lambda: not others_at_work(depot), what="Postgres to notice it, too")
     assert depot.job(job_id).state == "running"
     return job_id
+
+
+def others_at_work(depot: Depot) -> int:
+    """Transactions of others that are not over."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'"
+    with depot.sessions() as session:
+        return session.scalars(text(f"{query} AND pid <> pg_backend_pid()")).one()
 
 
 def finished(depot: Depot, job_id: uuid.UUID) -> Job:
@@ -94,8 +109,9 @@ def attempts(depot: Depot, job_id: uuid.UUID) -> list[tuple[str | None, str | No
         return [(row.ending, row.resume) for row in session.scalars(query)]
 
 
+@pytest.mark.usefixtures("held")
 def test_a_killed_worker_costs_no_bit_of_the_adapter(depot: Depot, start_worker: StartWorker, undisturbed: str) -> None:
-    job_id = killed_after_two_checkpoints(depot, start_worker(APP, checkpoint_seconds=EVERY_STEP))
+    job_id = killed_after_two_checkpoints(depot, start_worker(HELD_APP, checkpoint_seconds=EVERY_STEP))
     furthest = saved(depot, job_id)[0].step
     start_worker(APP)
     job = finished(depot, job_id)
@@ -107,10 +123,11 @@ def test_a_killed_worker_costs_no_bit_of_the_adapter(depot: Depot, start_worker:
     assert (job.attempt, saved(depot, job_id)) == (2, [])
 
 
+@pytest.mark.usefixtures("held")
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     depot: Depot, start_worker: StartWorker, undisturbed: str, tmp_path: Path
 ) -> None:
-    job_id = killed_after_two_checkpoints(depot, start_worker(APP, checkpoint_seconds=EVERY_STEP))
+    job_id = killed_after_two_checkpoints(depot, start_worker(HELD_APP, checkpoint_seconds=EVERY_STEP))
     newest, before = saved(depot, job_id)
     key = next(file.blob.key for file in newest.files if file.path == TENSORS_FILE)
     path = tmp_path / "objects" / key
@@ -125,8 +142,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert adapter_digest(depot) == undisturbed
 
 
+@pytest.mark.usefixtures("held")
 def test_a_worker_that_is_told_to_stop_saves_first(depot: Depot, start_worker: StartWorker, undisturbed: str) -> None:
-    worker = start_worker(APP, checkpoint_seconds=NEVER)
+    worker = start_worker(HELD_APP, checkpoint_seconds=NEVER)
     job_id = depot.submit(**SPEC)
     wait_until(lambda: (depot.job(job_id).progress or {}).get("step"), seconds=120)
     assert saved(depot, job_id) == []

@@ -126,8 +126,8 @@ def test_memory_that_idle_processes_held_is_not_what_a_job_fails_of(
 def test_a_process_that_died_while_it_waited_costs_nothing(
     host: Host, make_task: Callable[..., TrainTask], tmp_path: Path
 ) -> None:
-    # It says ready, and is gone a moment later: the pool has not noticed.
-    host = replace(host, child_argv=speaking("say result; ready; sleep 0.1; test $task = /nothing || exit 3"))
+    # It says ready, and is gone when the next task comes: the pool has not noticed.
+    host = replace(host, child_argv=speaking("say result; ready; read next; exit 3"))
     for name in ("one", "two", "three"):
         run_task(host, make_attempt(), make_task(), workspace(tmp_path, name), base_digest="0" * 64)
 
@@ -137,7 +137,12 @@ def test_a_stop_that_comes_with_the_result_ends_the_process(
 ) -> None:
     attempt = make_attempt()
     host = replace(
-        host, child_argv=speaking('trap : TERM USR1; say note \', "message": "x"\'; sleep 1; say result; ready')
+        host,
+        patience=replace(host.patience, grace_seconds=600.0),
+        child_argv=speaking(
+            'trap told=yes TERM; say note \', "message": "x"\'; '
+            "while test -z $told; do sleep 0.05; done; say result; ready"
+        ),
     )
     watcher = threading.Thread(target=lambda: (wait_until(lambda: attempt.news.take()[1]), attempt.stop(Stop.CANCEL)))
     watcher.start()
@@ -283,7 +288,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Child]]:
 def use(pool: WarmPool, start: Callable[[], Child], tmp_path: Path, *, warmth: Warmth = WARMTH) -> Child:
     with pool.borrow(warmth, start) as child:
         child.assign(tmp_path, lambda _: None)
-        assert child.wait(30)
+        assert child.wait(120)
     return child
 
 
