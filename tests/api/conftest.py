@@ -138,10 +138,10 @@ def server(app: FastAPI, key: str) -> Iterator[str]:
         assert thread.is_alive()
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    httpx.get(f"http://127.0.0.1:{port}/healthz").raise_for_status()
+    httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60).raise_for_status()
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
-    thread.join(timeout=20)
+    thread.join(timeout=120)
     assert not thread.is_alive()
 
 

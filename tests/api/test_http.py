@@ -197,13 +197,13 @@ class TestBodies:
         refused(self.post(client, endless()), 413, "body_too_large")
 
     def test_a_client_on_a_socket_reads_the_refusal(self, server: str, key: str) -> None:
-        response = httpx.post(server + JOBS, content=b" " * 3_000_000, headers={**bearer(key), **JSON})
+        response = httpx.post(server + JOBS, content=b" " * 3_000_000, headers={**bearer(key), **JSON}, timeout=60)
         refused(response, 413, "body_too_large")
 
     def test_a_body_that_stops_arriving(self, server: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(guard, "BODY_IDLE_SECONDS", 0.2)
         address = urlsplit(server)
-        with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        with socket.create_connection((address.hostname, address.port), timeout=120) as connection:
             head = f"POST {JOBS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
             connection.sendall((head + "Content-Type: application/json\r\nContent-Length: 9\r\n\r\n{").encode())
             answer = b""
@@ -218,9 +218,9 @@ class TestBodies:
         caplog.set_level(logging.INFO, logger="api.requests")
         address = urlsplit(server)
         head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 99\r\n"
-        with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        with socket.create_connection((address.hostname, address.port), timeout=120) as connection:
             connection.sendall((head + "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x").encode())
         while not (lines := [r for r in caplog.records if r.getMessage() == "request"]):
             time.sleep(0.01)
         assert vars(lines[0])["status"] is None
-        assert [r for r in caplog.records if r.levelno > logging.INFO] == []
+        assert [r for r in caplog.records if r.levelno > logging.INFO and r.name.startswith(("api", "uvicorn"))] == []

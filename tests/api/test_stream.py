@@ -113,7 +113,7 @@ def test_open_streams_hold_no_connection_and_keep_nobody_waiting(
         for stream in opened:
             stream.__exit__(None, None, None)
     end(sessions, job)
-    for _ in range(100):  # the server notices that its clients left
+    for _ in range(2000):  # the server notices that its clients left
         if web.get(f"{address}/events/stream").status_code == 200:
             break
         threading.Event().wait(0.05)

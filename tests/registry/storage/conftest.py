@@ -146,7 +146,7 @@ def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     (directory / "buckets").mkdir()
     with log.open("wb") as output, subprocess.Popen(command, stderr=output) as process:
         try:
-            while not (started := re.search(r"server on \[(http://[\d.:]+)", log.read_text())):
+            while not (started := re.search(r"server on \[(http://[\d.:]+)/?\]", log.read_text())):
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.02)
             yield S3Server(started[1], "depot-access", "depot-secret")
