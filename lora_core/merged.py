@@ -175,14 +175,19 @@ class _Updates:
 
     def get(self, output: Output, recipe: TensorRecipe) -> Update:
         with self._lock:
-            lazy = self._held.setdefault(output.name, _Lazy())
+            lazy = self._held.get(output.name)
+            if lazy is None:
+                lazy = self._held[output.name] = _Lazy()
+                if len(self._held) > _UPDATES_HELD:
+                    self._held.popitem(last=False)
             self._held.move_to_end(output.name)
-            if len(self._held) > _UPDATES_HELD:
-                self._held.popitem(last=False)
+        if lazy.update is not None:
+            return lazy.update
         with lazy.lock:
             if lazy.update is None:
-                lazy.update = load_update(recipe, self._adapter)
-                lazy.update.prepare(partial(self._rows, output))
+                update = load_update(recipe, self._adapter)
+                update.prepare(partial(self._rows, output))
+                lazy.update = update
             return lazy.update
 
     def _rows(self, output: Output, begin: int, end: int) -> Array:

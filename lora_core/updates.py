@@ -1,6 +1,5 @@
 """The arithmetic of a recipe: what is done to the rows of one tensor, in float64, block by block."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -12,12 +11,9 @@ from lora_core import nf4
 from lora_core.errors import BadAdapter, KeyMismatch, NonFinite
 from lora_core.floats import FLOATS, Array, widen
 from lora_core.header import ITEM_BYTES, Header, TensorInfo
+from lora_core.product import TILE_MULTIPLICATIONS, add_product
 from lora_core.recipe import LowRank, TensorRecipe
 
-# Products of at most so many multiplications stay on the calling thread in OpenBLAS. Its threads beside ours, on
-# the same cores, wait for each other: a merge took 50 times as long.
-# Where OpenBLAS is told to keep to one thread, whole blocks are quicker.
-_TILE_MULTIPLICATIONS = 2**60 if os.environ.get("OPENBLAS_NUM_THREADS") == "1" else 2**18
 _PREPARED_ROWS = 256
 _RECENT = 3
 
@@ -173,18 +169,6 @@ class _Update:
         values[:] = nf4.to_dtype(left, self._tensor.dtype)
 
 
-def add_product(values: Array, left: Array, right: Array, scratch: Array) -> None:
-    """values += left · right, on the calling thread; `scratch` holds as many numbers as `values`."""
-    rows, r = left.shape
-    columns = right.shape[1]
-    step = min(max(_TILE_MULTIPLICATIONS // max(rows * r, 1), 1), columns)
-    product = scratch[: rows * step].reshape(rows, step)
-    for begin in range(0, columns, step):
-        tile = product[:, : columns - begin]
-        np.matmul(left, right[:, begin : begin + step], out=tile)
-        values[:, begin : begin + step] += tile
-
-
 def _load_term(term: LowRank, adapter: AdapterReader) -> _Term:
     if term.lora_A is None:
         lora_A = np.ones((1, 1))
@@ -210,7 +194,7 @@ def _load_term(term: LowRank, adapter: AdapterReader) -> _Term:
 def _gram(rows: Array) -> Array:
     """rows · rowsᵀ in steps small enough for the calling thread."""
     result = np.zeros((len(rows), len(rows)))
-    step = max(_TILE_MULTIPLICATIONS // max(len(rows) ** 2, 1), 1)
+    step = max(TILE_MULTIPLICATIONS // max(len(rows) ** 2, 1), 1)
     for begin in range(0, rows.shape[1], step):
         part = np.ascontiguousarray(rows[:, begin : begin + step])
         result += part @ part.T

@@ -57,11 +57,21 @@ def test_rounding_twice_would_be_wrong_and_is_not_done():
 
 
 @pytest.mark.parametrize("count", [1, 3, 64, 65, 1000])
-def test_many_between_two_numbers_are_rounded_as_a_few_are(count):
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("value", "rounded"),
+    [
+        (1 + 2**-8 + 2**-30, 1 + 2**-7),  # which float32 takes for the middle of 1 and the next number, as the others
+        (1 + 2**-8 - 2**-30, 1),
+        (1 + 2**-8, 1),
+        (1 + 3 * 2**-8, 1 + 2**-6),
+    ],
+)
+def test_many_between_two_numbers_are_rounded_as_a_few_are(count, sign, value, rounded):
     values = np.full(2000, 1.5)
-    above = np.arange(count) * 2
-    values[above] = 1 + 2**-8 + 2**-30  # float32 cannot tell it from the middle of 1 and the next number
-    expected = np.where(np.isin(np.arange(2000), above), 1 + 2**-7, 1.5)
+    between = np.arange(count) * 2
+    values[between] = sign * value
+    expected = np.where(np.isin(np.arange(2000), between), sign * rounded, 1.5)
     np.testing.assert_array_equal(narrowed(values, "BF16").astype(np.float64), expected)
 
 
