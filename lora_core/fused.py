@@ -134,7 +134,7 @@ def linears_backward(  # noqa: PLR0917  in the order of the formula
             own = slice(first, first + lora_B.shape[1])
             first = own.stop
             if wanted[2 * index + 1]:
-                found[2 * index + 1] = (dy.T @ products[:, own]).mul_(part.scaling).to(lora_B.dtype)
+                found[2 * index + 1] = (products[:, own].T @ dy).mul_(part.scaling).T.to(lora_B.dtype)
             inner[:, own] = (dy @ lora_B.to(dy.dtype)).mul_(part.scaling)
         if want_x:
             dx = dy @ part.weight if dx is None else dx.addmm_(dy, part.weight)
