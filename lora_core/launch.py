@@ -53,6 +53,10 @@ def run(arguments: Sequence[str] | None = None) -> TrainResult:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ or dist.is_initialized():
         return launch(options, device)
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # https://github.com/pytorch/pytorch/issues/167288: those that start again look for those that are gone
+        raise BadConfig("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     result = launch(options, device)
     dist.destroy_process_group()  # not after an error: the others may be waiting in the midst of a sum

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from lora_core.data import tokenize_rows
 from lora_core.errors import BadConfig, CheckpointMismatch, LoraError
 from lora_core.inject import inject
 from lora_core.launch import main, run
-from lora_core.launch_options import lora_config, parse_options
 from lora_core.model import load_base
 from lora_core.sharding import base_bytes, shard_base
 from lora_core.train import TrainConfig, train
@@ -40,11 +38,11 @@ SETTINGS = ("n_epochs=2", "batch_size=8", "learning_rate=0.01", "tokens_per_batc
 LORA = ("r=4", "lora_alpha=16", "lora_dropout=0.0")
 
 
-def arguments(base: Path, rows: Path, out: Path, *more: str, lora: Sequence[str] = LORA) -> list[str]:
+def arguments(base: Path, rows: Path, out: Path, *more: str) -> list[str]:
     found = ["--base", str(base), "--rows", str(rows), "--eval-rows", str(rows), "--out", str(out)]
     found += ["--max-length", "100", "--save-steps", "1"]
     found += [part for setting in SETTINGS for part in ("--train", setting)]
-    return [*found, *(part for setting in lora for part in ("--lora", setting)), *more]
+    return [*found, *(part for setting in LORA for part in ("--lora", setting)), *more]
 
 
 def tell(path: Path, told: Any) -> None:
@@ -127,7 +125,9 @@ def on_two_machines(log: Path, *arguments: object) -> list[int]:
     """The exit codes of two agents; both have ended, and their processes with them. What they say is in `log`."""
     endpoint = f"127.0.0.1:{free_port()}"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-    launch += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={endpoint}", "--local-addr=127.0.0.1", "-m", __name__]
+    launch += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={endpoint}", "--local-addr=127.0.0.1"]
+    # A machine that is busy for long must not look dead.
+    launch += ["--rdzv-conf=keep_alive_interval=20,keep_alive_max_attempt=15,heartbeat_timeout=120", "-m", __name__]
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     environment = os.environ | loopback | {"OMP_NUM_THREADS": "1"}
     with log.open("ab") as said:
@@ -267,31 +267,31 @@ def test_what_cannot_be_done_is_said(llama: Path, rows: Path, tmp_path: Path, mo
 def test_a_process_joins_the_group_that_torchrun_is_starting(
     llama: Path, rows: Path, alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    around = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**around, "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
+    as_torchrun_would(monkeypatch)
     run(arguments(llama, rows, tmp_path / "out", "--sharding", "full"))
     assert_close(factors(tmp_path / "out"), factors(alone[0]))
     assert not dist.is_initialized()
 
 
+def as_torchrun_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    around = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**around, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_restarts_that_would_look_for_the_dead_are_refused(
+    llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_torchrun_would(monkeypatch)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(BadConfig, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        run(arguments(llama, rows, tmp_path))
+
+
 def test_an_error_ends_the_program_with_a_sentence(llama: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="start with torchrun"):
         main(arguments(llama, rows, tmp_path, "--sharding", "full"))
-
-
-def test_settings_are_json_or_text(tmp_path: Path) -> None:
-    given = ('target_modules=["q_proj"]', 'trainable_token_indices={"": [3]}', "bias=all", "use_rslora=true")
-    found = lora_config(parse_options(arguments(tmp_path / "base", tmp_path, tmp_path, lora=given)))
-    assert (found.target_modules, found.trainable_token_indices) == (("q_proj",), {"": (3,)})
-    assert (found.bias, found.use_rslora, found.base_model_name_or_path) == ("all", True, "base")
-
-
-@pytest.mark.parametrize("wrong", [["--lora", "r"], ["--sharding", "half"], ["--save-steps", "0"]])
-def test_what_is_not_understood_ends_with_the_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_options(arguments(Path("a"), Path("b"), Path("c"), *wrong))
-    assert wrong[0] in capsys.readouterr().err
 
 
 if __name__ == "__main__":
