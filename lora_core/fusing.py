@@ -33,21 +33,30 @@ _SIBLINGS = ("q_proj", "k_proj", "v_proj")
 
 
 @contextmanager
-def fused_modules(model: nn.Module) -> Iterator[None]:
-    """Within, known modules of `model` train through one node each."""
-    patched = []
+def fused_modules(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Within, known modules of `model` train through one node each.
+
+    After a forward pass that failed, what it gives drops the outputs that nobody came for.
+    """
+    patched: list[Any] = []
+    groups: list[_Siblings] = []
     for module in list(model.modules()):
-        for target, forward in _replacements(module):
+        for target, forward in _replacements(module, groups):
             target.forward = forward
             patched.append(target)
+
+    def forget() -> None:
+        for group in groups:
+            group.forget()
+
     try:
-        yield
+        yield forget
     finally:
         for target in patched:
             del target.forward
 
 
-def _replacements(module: nn.Module) -> Iterator[tuple[Any, Callable[[Tensor], Tensor]]]:
+def _replacements(module: nn.Module, groups: list["_Siblings"]) -> Iterator[tuple[Any, Callable[[Tensor], Tensor]]]:
     name = type(module).__name__ if type(module).__module__.startswith("transformers.models.") else ""
     if name in _GATED:
         yield module, _Gated(module)
@@ -56,6 +65,7 @@ def _replacements(module: nn.Module) -> Iterator[tuple[Any, Callable[[Tensor], T
     siblings = [child for child in (getattr(module, name, None) for name in _SIBLINGS) if type(child) is LoraLinear]
     if name and len(siblings) > 1:
         group = _Siblings(siblings)
+        groups.append(group)
         for index, layer in enumerate(siblings):
             yield layer, group.member(index)
 
@@ -92,6 +102,9 @@ class _Siblings:
         self._x: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
+    def forget(self) -> None:
+        self._x, self._outputs = None, {}
+
     def member(self, index: int) -> Callable[[Tensor], Tensor]:
         return lambda x: self._call(index, x)
 
@@ -100,7 +113,7 @@ class _Siblings:
             return self._plain[index](x)
         if x is not self._x or index not in self._outputs:
             # Nothing is held meanwhile: if memory runs out here, the next try needs what x came from.
-            self._x, self._outputs = None, {}
+            self.forget()
             parts = [_part(layer) for layer in self._layers]
             self._outputs = dict(enumerate(LinearsFunction.apply(x, parts, *_factors(self._layers))))
             self._x = x

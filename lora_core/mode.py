@@ -1,6 +1,6 @@
 """What a model is set to while it trains or is evaluated, and set back from afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,18 +10,18 @@ from lora_core.train_config import TrainConfig
 
 
 @contextmanager
-def training(model: Any, config: TrainConfig, *, packed: bool) -> Iterator[None]:
-    """In training mode within, in evaluation mode afterwards."""
+def training(model: Any, config: TrainConfig, *, packed: bool) -> Iterator[Callable[[], None]]:
+    """In training mode within, in evaluation mode afterwards. What it gives is to be called after a failed pass."""
     with ExitStack() as stack:
         stack.callback(model.eval)
         model.train()
         if packed:
             stack.enter_context(documents_apart(model))
-        stack.enter_context(fused_modules(model))
+        forget = stack.enter_context(fused_modules(model))
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             stack.callback(model.activation_checkpointing_disable)
-        yield
+        yield forget
 
 
 @contextmanager

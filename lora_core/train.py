@@ -85,9 +85,9 @@ def train(
     if config.early_stopping_patience is not None and not eval_examples:
         raise BadConfig("early_stopping_patience needs rows to evaluate on")
     task = task or default_task(model, packing=config.packing)
-    with torch.random.fork_rng(), training(model, config, packed=packs(task)):
+    with torch.random.fork_rng(), training(model, config, packed=packs(task)) as forget:
         torch.manual_seed(config.seed)  # dropout
-        run = _Run(model, examples, eval_examples, config, task, after_step)
+        run = _Run(model, examples, eval_examples, config, task, after_step, forget)
         if resume_from is not None:
             run.restore(resume_from)
         return run.run(on_step, should_stop, on_checkpoint, should_checkpoint)
@@ -102,13 +102,14 @@ class _Run:
         config: TrainConfig,
         task: Task,
         after_step: Callable[[int], None] | None,
+        forget: Callable[[], None],
     ) -> None:
         self.model = model
         self.examples = examples
         self.eval_examples = eval_examples
         self.config = config
         self.task = task
-        self.after_step = after_step
+        self.after_step, self.forget = after_step, forget
         self.lengths = [task.length(example) for example in examples]
         distributed.require_equal((config, self.lengths), "rows or settings")
         named = trained_parameters(model)
@@ -268,6 +269,7 @@ class _Run:
                     raise
             # Here the error is gone, and with it the frames that held the activations.
             self.optimizer.zero_grad(set_to_none=True)
+            self.forget()
             release()
             self.model.train()
             set_rng_state(generators, self.model.device)

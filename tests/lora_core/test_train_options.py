@@ -1,5 +1,7 @@
 """What the loop does besides plain steps: LoRA+, evaluation, early stopping, checkpointing, memory that runs out."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +171,27 @@ def test_memory_that_runs_out_between_micro_batches_counts_none_twice(llama: Pat
     whole = Run(llama)
     whole.train(replace(config, tokens_per_batch=4096))
     assert run.reports[0].grad_norm == pytest.approx(whole.reports[0].grad_norm, rel=1e-4)
+
+
+def test_memory_that_runs_out_between_layers_that_share_their_input_leaves_nothing_behind(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outputs of keys and values are there when the queries' reader fails: the next try needs their memory."""
+    run, held, left = Run(llama), [], []
+
+    def fail_once(_: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        if not held:
+            held.extend([weakref.ref(inputs[0]), weakref.ref(output)])
+            refuse_cuda()
+
+    def look() -> None:
+        gc.collect()
+        left.extend(reference() for reference in held)
+
+    run.model.model.layers[0].self_attn.q_proj.register_forward_hook(fail_once)
+    monkeypatch.setattr("lora_core.train.release", look)
+    run.train(replace(CONFIG, max_steps=1, tokens_per_batch=4096))
+    assert left == [None, None]
 
 
 def test_a_row_that_alone_is_too_large_is_the_error_it_is(llama: Path) -> None:
