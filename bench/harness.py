@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,11 @@ class Row:
     spread: str
     target: str
     reached: bool | None
+    measured: str = ""  # when, where the rows of a file are of several runs
+
+    @property
+    def group(self) -> str:
+        return self.what.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def write(name: str, rows: Sequence[Row], *, note: str) -> Path:
         "machine": machine(),
         "versions": versions(),
         "note": note,
-        "rows": [asdict(row) for row in rows],
+        "rows": [{key: value for key, value in asdict(row).items() if key != "measured" or value} for row in rows],
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
@@ -86,6 +91,19 @@ def write(name: str, rows: Sequence[Row], *, note: str) -> Path:
     for row in rows:
         print(f"{row.what:60} {row.ours:>10g} vs {row.peer} {row.unit:8} ratio {row.ratio} ({row.spread}) {row.target}")
     return path
+
+
+def earlier(name: str, *, but: Collection[str]) -> list[Row]:
+    """Rows of bench/results/<name>.json that are not of the groups `but`; none of another machine or other versions."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    here, there = machine(), result["machine"]
+    if result["versions"] != versions() or any(here[key] != there[key] for key in ("cpu", "cores", "memory_gib")):
+        return []
+    rows = [Row(**({"measured": result["date"]} | row)) for row in result["rows"]]
+    return [row for row in rows if row.group not in but]
 
 
 def machine() -> dict[str, str | int]:

@@ -3,7 +3,8 @@
 Each side is a process of its own with its model loaded; they take their steps in turn, so that a busy machine disturbs
 both alike. Rows differ in length: TRL pads them (its padding-free mode needs a kernel that processors have not), ours
 share a row. TRL runs in its fastest setting, without activation checkpointing; its loss is "nll", which since 1.16 is
-the chunked one. Both sides' losses must agree, or there is no result."""
+the chunked one. Both sides' losses must agree, or there is no result. Shapes and dtypes can be measured
+one at a time: what is not measured stays in the file, if it is of the same machine and versions."""
 
 import argparse
 import json
@@ -14,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Pair, Row, write
+from bench.harness import Pair, Row, earlier, write
 
 # Relative difference of two losses that still count as equal: sums in another order, then rounding to the dtype.
 CLOSE = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--why", default="", help="sentences for the note: why a target is missed")
     options = parser.parse_args()
     load = os.getloadavg()[0]
+    measured = f"{datetime.now(UTC).date().isoformat()}, load average before: {load:.1f} on {os.cpu_count()} cores"
     rows: list[Row] = []
     for shape in (SHAPES[index] for index in options.shapes):
         for dtype in options.dtypes:
@@ -132,10 +135,12 @@ def main() -> None:
         "r = 16 on all linears, no dropout, AdamW, 30 % of each row labelled, one batch of rows of the lengths named. "
         f"{', '.join(f'{s.name}: {list(s.lengths)}, {s.padding:.0%} padding in TRL' for s in SHAPES)}. Tokens are "
         "without padding. Peak memory is that of the process during a step, its model included; what the step adds to "
-        f"the loaded process is beside it. Not run on a GPU. Load average before: {load:.1f} on {os.cpu_count()} "
-        f"cores; processor time says more where it is above that. {options.why}"
+        f"the loaded process is beside it. Not run on a GPU. Processor time says more where the load was above the "
+        f"number of cores. {options.why}"
     )
-    write("train", rows, note=note)
+    order = [f"{shape.name}, {dtype}" for shape in SHAPES for dtype in FASTER]
+    rows = [replace(row, measured=measured) for row in rows] + earlier("train", but={row.group for row in rows})
+    write("train", sorted(rows, key=lambda row: order.index(row.group)), note=note)
 
 
 def dtypes() -> list[str]:
