@@ -4,12 +4,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack
 from enum import StrEnum
+from typing import TypeVar
 
 from registry.errors import CancelRequested, FenceLost
 from worker.errors import Drained
 from worker.news import News
+
+LOOK_SECONDS = 0.1
+T = TypeVar("T")
 
 
 class Stop(StrEnum):
@@ -91,6 +96,12 @@ class Attempt:
         """Sleep, unless the attempt is asked to end."""
         self._stopped.wait(seconds)
         self.check()
+
+    def wait_for(self, answer: Future[T]) -> T:
+        """Its result; if the attempt is asked to end before that, it is left to itself."""
+        while wait([answer], timeout=LOOK_SECONDS).not_done:
+            self.check()
+        return answer.result()
 
     def trust(self, until: float) -> None:
         """The lease was renewed; it is ours until this moment of the monotonic clock."""

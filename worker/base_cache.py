@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 0.1
 
+Run = Callable[[Callable[[], None]], None]
 Stamp = list[int]  # size, modification time in ns
 
 
@@ -40,9 +42,11 @@ class BaseCache:
         with suppress(FileNotFoundError):  # others fetch and remove beside us; the next one makes room
             self._evict()
 
-    def ensure(self, digest: str, files: Sequence[StoredFile], check: Callable[[], None]) -> Path:
+    def ensure(
+        self, digest: str, files: Sequence[StoredFile], check: Callable[[], None], run: Run = lambda get: get()
+    ) -> Path:
         """A folder that holds exactly these bytes. `check` is called between files and while another worker
-        is at it, and may raise to give up."""
+        is at it, and may raise to give up; `run` calls what gets one file, and may give up waiting for it."""
         folder = self._root / digest
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked(digest, check):
@@ -52,7 +56,7 @@ class BaseCache:
                 path = folder / file.path
                 if path.is_file() and known.get(file.path) == _stamp(path):
                     continue
-                self._verify_or_fetch(file, path)
+                run(partial(self._verify_or_fetch, file, path))
                 known[file.path] = _stamp(path)
                 self._stamps_path(digest).write_text(json.dumps(known))
             os.utime(folder)  # used now

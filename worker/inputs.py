@@ -1,4 +1,4 @@
-"""What a job needs, brought to local disk and verified. Outages are waited out; a stop is noticed between files."""
+"""What a job needs, brought to local disk and verified. Outages are waited out; a stop is noticed at once."""
 
 import logging
 import shutil
@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
+from registry.apart import run_apart
 from registry.db import transaction
 from registry.errors import ArtifactCorrupt, ObjectMissing
 from registry.jobs.checkpoints import mark_corrupt
@@ -17,7 +18,7 @@ from registry.jobs.inputs import BaseInput, StoredFile, checkpoint_inputs
 from registry.models import Job
 from worker.attempt import Attempt
 from worker.host import Host
-from worker.outages import persist
+from worker.outages import persist, transfer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,15 +42,18 @@ def fetch_file(host: Host, attempt: Attempt, file: StoredFile, path: Path) -> Pa
         host.store.fetch(file.key, path, sha256=file.sha256, size=file.size)
         return path
 
-    return persist(call, attempt.wait, f"fetching {file.path} for {attempt}")
+    return transfer(call, attempt, f"fetching {file.path} for {attempt}")
 
 
 def fetch_base(host: Host, attempt: Attempt, base: BaseInput) -> Path:
     """The folder of the base model in this machine's cache, where it stays until the attempt is over."""
     attempt.hold(host.cache.using(base.digest))
 
+    def fetch(get: Callable[[], None]) -> None:
+        attempt.wait_for(run_apart(get, f"fetching the base model for {attempt}"))
+
     def call() -> Path:
-        return host.cache.ensure(base.digest, base.files, attempt.check)
+        return host.cache.ensure(base.digest, base.files, attempt.check, fetch)
 
     return persist(call, attempt.wait, f"fetching the base model for {attempt}")
 

@@ -5,6 +5,8 @@ import random
 from collections.abc import Callable
 from typing import TypeVar
 
+from registry.apart import run_apart
+from worker.attempt import Attempt
 from worker.errors import is_outage
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,14 @@ def persist(call: Callable[[], T], pause: Callable[[float], None], what: str) ->
         else:
             outage.worked()
             return result
+
+
+def transfer(call: Callable[[], T], attempt: Attempt, what: str) -> T:
+    """The result of `call`, which asks the object store, repeated through outages.
+
+    It runs in a thread of its own, because a store that swallows everything answers nobody for minutes: when the
+    attempt is asked to end, it is left to fail by itself."""
+    return persist(lambda: attempt.wait_for(run_apart(call, what)), attempt.wait, what)
 
 
 def _first_line(error: Exception) -> str:

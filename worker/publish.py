@@ -27,7 +27,7 @@ from worker.errors import JobFailed
 from worker.heart import Heart
 from worker.host import Host
 from worker.merge_recipe import digest_text, read_recipe
-from worker.outages import persist
+from worker.outages import persist, transfer
 from worker.protocol import ResultMessage
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -138,7 +138,7 @@ def store_outputs(host: Host, attempt: Attempt, out: Path, files: Sequence[Outpu
     for file in files:
         attempt.check()
         store = partial(store_output, host, attempt, out, file)
-        blobs[file.path] = persist(store, attempt.wait, f"storing {file.path} of {attempt}")
+        blobs[file.path] = transfer(store, attempt, f"storing {file.path} of {attempt}")
     return blobs
 
 

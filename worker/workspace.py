@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +50,8 @@ class WorkDir:
             yield path
         finally:
             hit("work.before_cleanup")
+            with suppress(OSError):  # under another name nobody who was left behind writes into it any more
+                path = path.rename(path.with_name(f"{path.name}.gone"))
             shutil.rmtree(path, ignore_errors=True)
 
     def make_home(self) -> Path:

@@ -3,12 +3,14 @@
 import hashlib
 from base64 import b64encode
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from registry.apart import run_apart
 from registry.failpoints import hit
 from registry.storage.digests import check_bytes, file_chunks
 
@@ -53,14 +55,16 @@ class MultipartUpload:
         parts: list[CompletedPartTypeDef] = []
         sending: deque[Future[CompletedPartTypeDef]] = deque()
         digest, size = hashlib.sha256(), 0
-        with ThreadPoolExecutor(_PARALLEL_PARTS) as pool:
+        try:
             for number, body in enumerate(file_chunks(file, self._part_bytes), start=1):
                 digest.update(body)
                 size += len(body)
                 if len(sending) == _PARALLEL_PARTS:
                     parts.append(sending.popleft().result())
-                sending.append(pool.submit(self._send_part, number, body))
+                sending.append(run_apart(partial(self._send_part, number, body), f"part-{number}"))
             parts += [part.result() for part in sending]
+        finally:
+            wait(sending)  # nothing may arrive after an abort
         return parts, (digest.hexdigest(), size)
 
     def _send_part(self, number: int, body: bytes) -> "CompletedPartTypeDef":

@@ -100,6 +100,26 @@ def test_a_cancelled_job_does_not_wait_for_a_store_that_is_away(site: Site, step
     check(site, ended_as="cancelled")
 
 
+@pytest.mark.parametrize("told", ["cancel", "leave"])
+def test_a_store_that_swallows_everything_holds_up_no_cancel_and_no_drain(site: Site, told: str) -> None:
+    site.wires.store.blackhole()
+    job = site.submit(steps=5)
+    worker = site.start_worker()
+    site.wait(lambda: (site.depot.job(job).progress or {}).get("phase") == "fetching", "it is fetching")
+    if told == "cancel":
+        site.depot.cancel(job)
+        site.wait_ended(job)
+        site.wires.heal()
+        check(site, ended_as="cancelled")
+        return
+    site.leave(worker)
+    assert site.state(job) == "queued"
+    site.wires.heal()
+    site.start_worker()
+    site.wait_ended(job)
+    check(site)
+
+
 def test_a_newest_checkpoint_that_rotted_is_passed_over(site: Site) -> None:
     job = site.submit(steps=60, ms=50)
     worker = site.start_worker()

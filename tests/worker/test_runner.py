@@ -2,15 +2,21 @@
 
 import threading
 import uuid
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
 
 from registry.db import transaction
+from registry.errors import StorageUnavailable
 from registry.models import Blob, Job, VersionFile, fence_seq
+from registry.storage import ObjectStore
 from tests.worker import fake_child
 from tests.worker.depot import Depot, is_alive, metrics_of, wait_until
+from worker.base_cache import BaseCache
 from worker.host import Host
 from worker.runner import Runner
 
@@ -148,6 +154,70 @@ def test_an_outage_of_the_store_is_waited_out(depot: Depot, host: Host, tmp_path
     assert ended(depot, job_id).state == "succeeded"
     runner.drain()
     assert runner.join(120)
+
+
+class Swallowing:
+    """A store that never answers the first call about a file of this name."""
+
+    def __init__(self, store: ObjectStore, name: str) -> None:
+        self._store = store
+        self._name = name
+        self.asked = threading.Event()
+        self.given_up = threading.Event()
+        self.over = threading.Event()
+
+    def fetch(self, key: str, path: Path, **facts: Any) -> None:
+        self._swallow(path)
+        self._store.fetch(key, path, **facts)
+
+    def put(self, key: str, path: Path, **facts: Any) -> None:
+        self._swallow(path)
+        self._store.put(key, path, **facts)
+
+    def _swallow(self, path: Path) -> None:
+        if path.name == self._name and not self.asked.is_set():
+            self.asked.set()
+            self.given_up.wait()
+            self.over.set()
+            raise StorageUnavailable("It timed out.")
+
+
+@pytest.fixture(params=["model.safetensors", "train.jsonl", "adapter_model.safetensors"])
+def swallowing(depot: Depot, request: pytest.FixtureRequest) -> Iterator[Swallowing]:
+    store = Swallowing(depot.store, request.param)
+    yield store
+    store.given_up.set()
+    assert store.over.wait(60)
+
+
+@pytest.fixture
+def swallowed(host: Host, swallowing: Swallowing, tmp_path: Path) -> Runner:
+    store: Any = swallowing
+    host = replace(host, store=store, cache=BaseCache(tmp_path / "cold", store))
+    runner = Runner(host, queues=["default"], slots=1, poll_seconds=0.1)
+    runner.start()
+    return runner
+
+
+def test_cancel_frees_a_slot_whose_store_never_answers(depot: Depot, swallowed: Runner, swallowing: Swallowing) -> None:
+    job_id = depot.submit()
+    wait_until(swallowing.asked.is_set)
+    depot.cancel(job_id)
+    assert ended(depot, job_id).state == "cancelled"
+    assert ended(depot, depot.submit(adapter="other")).state == "succeeded"
+    swallowed.drain()
+    assert swallowed.join(60)
+
+
+def test_drain_gives_a_job_back_whose_store_never_answers(
+    depot: Depot, swallowed: Runner, swallowing: Swallowing
+) -> None:
+    job_id = depot.submit()
+    wait_until(swallowing.asked.is_set)
+    swallowed.drain()
+    assert swallowed.join(60)
+    job = depot.job(job_id)
+    assert (job.state, job.attempt, job.infra_failures) == ("queued", 1, 0)
 
 
 def test_a_wake_up_ends_an_idle_wait(depot: Depot, host: Host) -> None:
