@@ -10,7 +10,7 @@ from pathlib import Path
 
 from worker.attempt import Attempt, Stop
 from worker.errors import JobFailed
-from worker.host_memory import in_gib, machine_bytes, oom_kills, resident_bytes
+from worker.memory import in_gib, machine_bytes, oom_kills, resident_bytes
 from worker.process import LOG_FILE, Child
 from worker.protocol import (
     EXIT_STOPPED,

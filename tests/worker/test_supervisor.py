@@ -1,7 +1,6 @@
 """One child, watched closely: how it is stopped, and how much of it is kept."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -17,7 +16,6 @@ from tests.worker.depot import wait_until
 from worker.attempt import Attempt, Stop
 from worker.child_env import child_env
 from worker.errors import Drained, JobFailed
-from worker.host_memory import oom_kills, resident_bytes
 from worker.process import LOG_BYTES, Child
 from worker.protocol import EXIT_STOPPED, CheckpointNews, ErrorMessage, ResultMessage
 from worker.supervisor import Ending, Patience, result_of, run_child
@@ -105,14 +103,6 @@ def test_a_worker_that_hears_from_postgres_is_not_detached(attempt: Attempt) -> 
     assert attempt.detached_seconds() > NEVER
     attempt.trust(0.0)
     assert attempt.detached_seconds() < NEVER
-
-
-def test_the_kernels_count_of_those_it_killed_is_read(tmp_path: Path) -> None:
-    assert oom_kills(tmp_path) == 0
-    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 3\npgfault 9\n")
-    assert oom_kills(tmp_path) == 3
-    assert resident_bytes(os.getpid()) > 2**20
-    assert resident_bytes(2**30) == 0
 
 
 def test_the_log_is_cut_and_its_writer_is_not_blocked(start: Callable[..., Ending], tmp_path: Path) -> None:
