@@ -1,4 +1,4 @@
-"""What Linux tells about memory: how much there is and is left, who holds how much, and whom the kernel killed for it."""
+"""What Linux tells about memory: how much there is and is left, who holds how much, whom the kernel killed for it."""
 
 import os
 from contextlib import suppress
