@@ -43,7 +43,9 @@ class Shared(Generic[V]):
         return value
 
     def _make_room(self, newest: Hashable) -> None:
-        for key in [key for key, held in self._held.items() if held.done() and key != newest]:
-            if self._used <= self._capacity:
+        """The one to go is mostly the first: a look at all of them each time cost more than what they hold."""
+        while self._used > self._capacity:
+            least = next((key for key, held in self._held.items() if key != newest and held.done()), None)
+            if least is None:
                 return
-            self._used -= self._size(self._held.pop(key).result())
+            self._used -= self._size(self._held.pop(least).result())
