@@ -97,7 +97,7 @@ class TestFailures:
 
 
 def test_a_corrupt_file_is_a_broken_transfer_for_a_real_client(server: str, key: str, settings: Settings) -> None:
-    with httpx.Client(base_url=server, headers=bearer(key)) as client:
+    with httpx.Client(base_url=server, headers=bearer(key), timeout=120) as client:
         file_id = upload(client).json()["id"]
         (stored,) = [p for p in Path(settings.store_url.removeprefix("file://"), "blobs").rglob("*") if p.is_file()]
         stored.chmod(0o600)

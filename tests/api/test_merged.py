@@ -113,6 +113,16 @@ def version(publish_real: Callable[..., None]) -> None:
     publish_real(recipe=True)
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, too, a checkpoint is there before anybody is told to come back."""
+    monkeypatch.setattr(service, "PATIENCE_SECONDS", 120.0)
+
+
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=120, **options)
+
+
 def weights_of(folder: Path) -> Path:
     return max(folder.glob("*.safetensors"))
 
@@ -260,7 +270,7 @@ def test_many_readers_share_the_blocks(
 
     def read(seed: int) -> bool:
         first = random.Random(seed).randrange(len(whole)) if seed else 0
-        got = httpx.get(f"{server}{URL}/{path.name}", headers={**bearer(key), "Range": f"bytes={first}-"})
+        got = get(f"{server}{URL}/{path.name}", headers={**bearer(key), "Range": f"bytes={first}-"})
         return got.content == whole[first:]
 
     with ThreadPoolExecutor(12) as pool:
@@ -284,9 +294,9 @@ def test_four_adapters_downloaded_at_once_do_not_read_their_base_four_times(
     urls = [f"{server}/v1/adapters/bot/versions/{number}/merged" for number in range(1, 5)]
 
     def read(url: str) -> str:
-        files = httpx.get(url, headers=bearer(key)).json()["files"]
+        files = get(url, headers=bearer(key)).json()["files"]
         names = [file["path"] for file in files if file["path"].endswith(".safetensors")]
-        contents = [httpx.get(f"{url}/{name}", params={"dtype": "float32"}, headers=bearer(key)) for name in names]
+        contents = [get(f"{url}/{name}", params={"dtype": "float32"}, headers=bearer(key)) for name in names]
         return hashlib.sha256(b"".join(content.raise_for_status().content for content in contents)).hexdigest()
 
     with ThreadPoolExecutor(4) as pool:

@@ -236,7 +236,8 @@ def test_a_depot_that_opened_the_port_first_is_not_taken_for_ours(depot: Depot) 
     assert re.search(r"address already in use", depot.home.log("api").read_text(), re.IGNORECASE)
     client = json.loads(depot.home.client.read_text())
     assert client["url"] == depot.state()["url"]
-    assert httpx.get(client["url"], headers={"Authorization": "Bearer wrong"}, trust_env=False).status_code == 401
+    wrong = {"Authorization": "Bearer wrong"}
+    assert httpx.get(client["url"], headers=wrong, trust_env=False, timeout=120).status_code == 401
     assert set(depot.children()) == PARTS
 
 

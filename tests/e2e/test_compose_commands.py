@@ -159,6 +159,7 @@ def test_a_job_becomes_a_version_and_a_merge_behind_links_for_the_public_endpoin
         base_url=f"{host.variables['DEPOT_PUBLIC_URL']}/v1",
         headers={"Authorization": f"Bearer {user.env['DEPOT_API_KEY']}"},
         trust_env=False,
+        timeout=120,
     ) as http:
         version = http.get("/adapters/bot/versions/1").json()
         assert {file["path"] for file in version["files"]} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -182,11 +183,11 @@ def follow(host: Host, http: httpx.Client, path: str, files: list[dict]) -> None
         link = answer.headers["location"]
         public = urlsplit(host.variables["DEPOT_S3_PUBLIC_ENDPOINT_URL"])
         assert urlsplit(link)[:2] == public[:2]
-        data = httpx.get(link, trust_env=False).raise_for_status().content
+        data = httpx.get(link, trust_env=False, timeout=120).raise_for_status().content
         assert hashlib.sha256(data).hexdigest() == file["sha256"] == answer.headers["x-depot-sha256"]
         assert len(data) == file["bytes"]
         elsewhere = link.replace(public.netloc, urlsplit(host.addresses["DEPOT_S3_ENDPOINT_URL"]).netloc)
-        assert httpx.get(elsewhere, trust_env=False).status_code == 403
+        assert httpx.get(elsewhere, trust_env=False, timeout=120).status_code == 403
 
 
 def test_the_health_check_of_the_image_tells_life_from_death(host: Host, api: subprocess.Popen[bytes]) -> None:
