@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_core.inject import eject
+from lora_core.qlora import NF4Weight
 from worker.protocol import ReadyMessage
 from worker.reporter import Reporter
 
@@ -63,9 +64,21 @@ def take_seal(model: Any) -> Seal:
         switches = (module.training, "forward" in vars(module), getattr(module, "gradient_checkpointing", None))
         seal[f"module {name}"] = (type(module), *switches, *map(len, hooks))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        form = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.requires_grad)
-        seal[f"tensor {name}"] = (*form, bit_sum(tensor.detach()))
+        form = (tensor.shape, tensor.dtype, tensor.requires_grad)
+        seal[f"tensor {name}"] = (*form, *(mark for part in parts_of(tensor) for mark in take_marks(part)))
     return seal
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold its numbers: itself, or what a weight in 4 bits is packed into."""
+    if not isinstance(tensor, NF4Weight):
+        return [tensor.detach()]
+    packed = tensor.packed
+    return [packed.levels, packed.maxima, packed.largest, packed.offset]
+
+
+def take_marks(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, bit_sum(tensor)
 
 
 def bit_sum(tensor: Tensor) -> int:

@@ -39,7 +39,8 @@ def run_task(
         return run_child(child, workspace, attempt=attempt, patience=host.patience, on_checkpoint=on_checkpoint)
 
     if isinstance(task, TrainTask):
-        return _run_warm(host, attempt, Warmth(attempt.tenant_id, base_digest), run)
+        warmth = Warmth(attempt.tenant_id, base_digest, task.spec.lora.quantization)
+        return _run_warm(host, attempt, warmth, run)
     child = start_child(host)
     try:
         return _judge(host, attempt, run(child), base_digest)

@@ -15,6 +15,7 @@ from lora_core.errors import DatasetError
 from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.model import load_base
+from lora_core.qlora import quantise_base
 from lora_core.rows import read_rows
 from lora_core.train import StepReport, TrainResult, train
 from registry.jobs.spec import TrainSpec
@@ -32,7 +33,7 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     torch.manual_seed(0)
     ask_for_repeatable_kernels(wanted=True)
     reporter.phase("loading")
-    model, tokenizer = (kept or KeptBase()).get(task.base_digest, lambda: load_base(task.base_dir))
+    model, tokenizer = (kept or KeptBase()).get(base_key(task), lambda: load_frozen(task))
     reporter.phase("tokenizing")
     max_length = min(task.spec.max_length, context_length(model))
     tokenize_all = tokenize_preferences if task.spec.method == "dpo" else tokenize_rows
@@ -59,6 +60,19 @@ def train_adapter(task: TrainTask, workspace: Path, reporter: Reporter, kept: Ke
     if not adapter.save(workspace / OUT):
         reporter.note("This adapter cannot be merged into its base; the worker's log says why.")
     return ResultMessage(metrics=summarize(result, training, seconds), trained_tokens=result.trained_tokens)
+
+
+def base_key(task: TrainTask) -> object:
+    """What names the base that `load_frozen` loads: another key, another base."""
+    return task.base_digest, task.spec.lora.quantization
+
+
+def load_frozen(task: TrainTask) -> tuple[Any, Any]:
+    """(model, tokenizer); the model in 4 bits where the job asks for that."""
+    model, tokenizer = load_base(task.base_dir)
+    if task.spec.lora.quantization == "nf4":
+        quantise_base(model)
+    return model, tokenizer
 
 
 def fit(

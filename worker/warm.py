@@ -21,6 +21,7 @@ class Warmth:
 
     tenant_id: uuid.UUID
     base_digest: str
+    quantization: str | None = None  # a base in 4 bits is another base
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class LoraIn(Body):
         default=None, description="How lora_A starts. Default `kaiming`"
     )
     adalora: AdaLoraIn | None = Field(default=None, description="Move ranks to where they matter; instead of `r`")
+    quantization: Literal["nf4"] | None = Field(default=None, description="QLoRA: train on the base in 4 bits")
     learning_rate: float | None = Field(default=None, description="Before the multiplier. Default 2e-4")
     loraplus_lr_ratio: float | None = Field(default=None, description="LoRA+: lora_B's rate over that of lora_A")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None

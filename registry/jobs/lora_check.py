@@ -6,6 +6,8 @@ from lora_core import errors as lora_errors
 from lora_core.adalora_config import AdaLoraConfig
 from lora_core.architectures import ARCHITECTURES
 from lora_core.config import CHANGE_THE_START, LoraConfig, match_targets
+from lora_core.keymap import OUTPUT_LAYERS, is_conv1d
+from lora_core.nf4 import BLOCK
 from lora_core.targets import FUSED, OUTPUT_LAYER, PAPER, ends, matches, names_of
 from registry.errors import InvalidHyperparameter, UnknownTargetModules
 from registry.jobs.spec import LoraSpec
@@ -27,6 +29,8 @@ def check_lora(lora: LoraSpec, base_model: BaseModel) -> None:
         _check_patterns(name, getattr(config, name), [*targets, *experts])
     _check_ranks(config, [*targets, *experts], shapes | {path: shape[1:] for path, shape in experts.items()})
     _check_together(lora, config, targets, family.embedding)
+    if lora.quantization:
+        _check_quantised(lora, base_model.architecture, shapes)
     vocabulary = base_model.facts["vocab_size"]
     if large := [token for token in lora.trainable_token_indices if token >= vocabulary]:
         raise InvalidHyperparameter(
@@ -111,4 +115,32 @@ def _check_together(lora: LoraSpec, config: LoraConfig, targets: Iterable[str], 
         raise InvalidHyperparameter(
             f"Queries and values inside {fused[0]} are adapted by plain LoRA only. Name the layer instead of `paper`.",
             param="lora.target_modules",
+        )
+
+
+def quantised_layers(family: str, linear: Iterable[str]) -> list[str]:
+    """Of the linear layers of a base of this family those that QLoRA keeps in 4 bits."""
+    names = ((path, path.rpartition(".")[2]) for path in linear)
+    return [path for path, name in names if name not in OUTPUT_LAYERS and not is_conv1d(family, name)]
+
+
+def _check_quantised(lora: LoraSpec, family: str, shapes: Mapping[str, list[int]]) -> None:
+    """That there are layers to keep in 4 bits, in whole blocks, and none of them is trained whole."""
+    layers = quantised_layers(family, shapes)
+    if not layers:
+        raise InvalidHyperparameter(
+            f"{family} models have no linear layers that could be kept in 4 bits. Leave `quantization` out.",
+            param="lora.quantization",
+        )
+    if uneven := [path for path in layers if shapes[path][1] % BLOCK]:
+        raise InvalidHyperparameter(
+            f"{uneven[0]} has {shapes[uneven[0]][1]} inputs, and 4-bit numbers come in blocks of {BLOCK}. "
+            "Leave `quantization` out.",
+            param="lora.quantization",
+        )
+    saved = set(lora.modules_to_save)
+    if whole := [path for path in layers if not saved.isdisjoint(names_of(path))]:
+        raise InvalidHyperparameter(
+            f"{whole[0]} is kept in 4 bits and cannot be trained whole. Leave it out of `modules_to_save`.",
+            param="lora.modules_to_save",
         )

@@ -38,7 +38,7 @@ class LoraSpec(Spec):
     """PEFT's fields. `lora_alpha` absent or null means 2·r, so that scaling is 2. With `adalora`, r is its `init_r`.
 
     `trainable_token_indices` are rows of the input embedding, which a tied output layer shares. `target_parameters` are
-    those of experts; with them, `target_modules` may be empty."""
+    those of experts; with them, `target_modules` may be empty. `quantization` is that of the base while it trains."""
 
     r: int = Field(default=16, ge=1, le=MAX_RANK)
     lora_alpha: float = Field(default=32.0, gt=0, le=1e9)
@@ -56,6 +56,7 @@ class LoraSpec(Spec):
     use_dora: bool = False
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     adalora: AdaLoraSpec | None = None
+    quantization: Literal["nf4"] | None = None
 
     @model_validator(mode="before")
     @classmethod

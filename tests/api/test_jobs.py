@@ -154,6 +154,13 @@ class TestCreate:
         assert submit(suffix="plain").json()["lora"]["adalora"] is None
         refused(submit(lora={"adalora": {"total_step": 5}}), 422, "unknown_field")
 
+    def test_a_base_in_four_bits_is_asked_for_and_shown(self, submit: Submit, sessions: SessionFactory) -> None:
+        with transaction(sessions) as session:
+            wide = make_base_model(session, name="wide")
+            wide.facts = {**wide.facts, "linear_modules": {"model.layers.0.self_attn.q_proj": [64, 128]}}
+        assert submit(model="wide", lora={"quantization": "nf4"}).json()["lora"]["quantization"] == "nf4"
+        assert submit(suffix="other").json()["lora"]["quantization"] is None
+
     def test_parameters_of_experts_are_named_by_the_base_and_taken(
         self, client: TestClient, submit: Submit, sessions: SessionFactory
     ) -> None:
@@ -233,6 +240,7 @@ class TestCreate:
                 "lora.adalora",
                 "linear layers",
             ),
+            ({"quantization": "nf4"}, "invalid_hyperparameter", "lora.quantization", "blocks of 64"),
             ({"loraplus_lr_ratio": 0.5}, "invalid_hyperparameter", "lora.loraplus_lr_ratio", "at least 1"),
         ],
     )
@@ -342,6 +350,7 @@ class TestCreate:
             ({"metadata": {"k": "v" * 513}}, "metadata.k"),
             ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 65),
             ({"integrations": [{"type": "wandb"}]}, "integrations"),
+            ({"lora": {"quantization": "int8"}}, "lora.quantization"),
             ({"method": {"type": "reinforcement"}}, "method.type"),
         ],
     )

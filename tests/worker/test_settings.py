@@ -14,12 +14,16 @@ from sqlalchemy import select
 from transformers import AutoModelForCausalLM
 
 from lora_core.adalora_config import AdaLoraConfig
+from lora_core.adapter import load_adapter
+from lora_core.base import check_base
 from lora_core.checkpoint import CHECKPOINT_FILES
+from lora_core.errors import BadConfig
 from lora_core.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter
 from lora_core.model import load_base
+from lora_core.qlora import quantise_base
 from lora_core.task import packs
 from registry.db import SessionFactory, transaction
-from registry.jobs.checkpoints import newest_checkpoints
+from registry.jobs.lora_check import quantised_layers
 from registry.jobs.spec import MergeOptions, TrainSpec
 from registry.merges import request_merge
 from registry.models import Merge, MergeFile, Version, VersionFile
@@ -28,36 +32,57 @@ from tests.tiny import make_base, make_rows, write_jsonl
 from tests.worker.conftest import StartWorker
 from tests.worker.depot import BASE_NAME, LORA, Depot, make_depot, metrics_of, wait_until
 from tests.worker.test_main_job import download, logits
+from tests.worker.test_resume import adapter_digest, finished, saved, told
 from worker.adapter_child import goal_of, train_config
 from worker.merge_recipe import RECIPE_FILE
+from worker.protocol import ResultMessage
 from worker.reporter import Reporter
 from worker.service import cpu_count
 from worker.task import CHECKPOINTS, OUT, TrainTask
 from worker.train_child import train_adapter
 
 APP = "worker.app"
+EVERY_STEP, NEVER = 1e-9, 3600.0
 
 
-def trained(
-    base_dir: Path, home: Path, *, rows: int = 8, threads: int = 1, checkpoint_seconds: float = 3600.0, **settings: Any
-) -> str:
-    """SHA-256 of the adapter that these settings make when nothing happens."""
-    defaults = {"lora": LORA, "n_epochs": 2, "batch_size": 4, "max_length": 64, "learning_rate": 1e-2}
-    home.mkdir()
-    task = TrainTask(
-        base_dir=base_dir,
-        base_digest="0" * 64,
-        base_model=BASE_NAME,
-        revision=None,
-        training_file=write_jsonl(home / "train.jsonl", make_rows(rows)),
-        validation_file=None,
-        spec=TrainSpec.model_validate({**defaults, **settings}),
-        resume_from=None,
-        checkpoint_seconds=checkpoint_seconds,
-        threads=threads,
-    )
-    train_adapter(task, home, Reporter(os.open(os.devnull, os.O_WRONLY)))
-    return hashlib.sha256((home / OUT / WEIGHTS_FILE).read_bytes()).hexdigest()
+class Run:
+    """A training in this process, as the trainer does it, in a folder of its own."""
+
+    def __init__(
+        self,
+        base_dir: Path,
+        home: Path,
+        *,
+        rows: int = 8,
+        validation: list[dict[str, Any]] | None = None,
+        threads: int = 1,
+        checkpoint_seconds: float = NEVER,
+        resume_from: Path | None = None,
+        **settings: Any,
+    ) -> None:
+        home.mkdir()
+        defaults = {"lora": LORA, "n_epochs": 2, "batch_size": 4, "max_length": 64, "learning_rate": 1e-2}
+        self.home = home
+        self.task = TrainTask(
+            base_dir=base_dir,
+            base_digest="0" * 64,
+            base_model=BASE_NAME,
+            revision=None,
+            training_file=write_jsonl(home / "train.jsonl", make_rows(rows)),
+            validation_file=None if validation is None else write_jsonl(home / "valid.jsonl", validation),
+            spec=TrainSpec.model_validate({**defaults, **settings}),
+            resume_from=resume_from,
+            checkpoint_seconds=checkpoint_seconds,
+            threads=threads,
+        )
+
+    def train(self) -> ResultMessage:
+        return train_adapter(self.task, self.home, Reporter(os.open(self.home / "said", os.O_WRONLY | os.O_CREAT)))
+
+    def adapter(self) -> str:
+        """SHA-256 of what comes out."""
+        self.train()
+        return hashlib.sha256((self.home / OUT / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
 def succeeded(depot: Depot, job_id: uuid.UUID) -> None:
@@ -109,20 +134,18 @@ def test_a_run_that_no_longer_learns_ends_early_and_says_so(depot: Depot, start_
     assert all("valid_loss" in point for point in metrics_of(depot.events(job_id)))
 
 
-def test_a_run_that_ends_by_itself_does_not_say_early(depot: Depot, start_worker: StartWorker) -> None:
-    start_worker(APP)
-    job_id = depot.submit(validation=make_rows(4), early_stopping_patience=1000, activation_checkpointing=True)
-    succeeded(depot, job_id)
-    with depot.sessions() as session:
-        metrics = session.scalars(select(Version.metrics)).one()
-    assert metrics is not None
+def test_a_run_that_ends_by_itself_does_not_say_early(base_dir: Path, tmp_path: Path) -> None:
+    run = Run(base_dir, tmp_path / "run", validation=make_rows(4), early_stopping_patience=1000)
+    metrics = run.train().metrics
     assert metrics["steps"] == metrics["total_steps"] == 4
+    assert metrics["best_valid_loss"] <= metrics["valid_loss"]
     assert "early_stopped" not in metrics
+    assert b"early" not in (run.home / "said").read_bytes()
 
 
 def test_what_saves_memory_changes_no_bit(base_dir: Path, tmp_path: Path) -> None:
-    plain = trained(base_dir, tmp_path / "plain")
-    assert trained(base_dir, tmp_path / "checkpointing", activation_checkpointing=True) == plain
+    plain = Run(base_dir, tmp_path / "plain").adapter()
+    assert Run(base_dir, tmp_path / "checkpointing", activation_checkpointing=True).adapter() == plain
 
 
 def test_rows_share_a_row_only_where_that_is_asked_for(base_dir: Path) -> None:
@@ -175,36 +198,102 @@ def test_adalora_is_published_as_a_plain_lora_and_merged(
     assert max(ranks) <= 6
 
 
-def test_an_interrupted_adalora_prunes_what_an_undisturbed_one_prunes(
-    depot: Depot, start_worker: StartWorker, base_dir: Path, tmp_path: Path
-) -> None:
-    steps = 600
-    lora = {**ADALORA, "adalora": {**ADALORA["adalora"], "tfinal": 10, "deltaT": 3}}
-    spec = {"lora": lora, "n_epochs": steps // 2, "learning_rate": 1e-3, "max_length": 128, "batch_size": 8}
-    job_id = depot.submit(**spec)
-    worker = start_worker(APP)
-    wait_until(lambda: (depot.job(job_id).progress or {}).get("step"), seconds=120)
-    assert worker.terminate() == 0  # it saves first
-    with depot.sessions() as session:
-        (checkpoint,) = newest_checkpoints(session, job_id)
-    assert 0 < checkpoint.step < steps
-    start_worker(APP)
-    succeeded(depot, job_id)
-    said = [event.message for event in depot.events(job_id)]
-    assert f"Resumed at step {checkpoint.step} (exact)." in said
-    with depot.sessions() as session:
-        (made,) = session.scalars(select(VersionFile).where(VersionFile.path == WEIGHTS_FILE))
-        digest = made.blob.sha256
-    undisturbed = trained(base_dir, tmp_path / "undisturbed", rows=16, threads=max(1, cpu_count() // 2), **spec)
-    assert digest == undisturbed
-
-
 def test_a_checkpoint_of_adalora_holds_a_plain_lora_that_the_gate_lets_through(base_dir: Path, tmp_path: Path) -> None:
     lora = {**ADALORA, "target_modules": ["q_proj"]}
-    trained(base_dir, tmp_path / "run", lora=lora, checkpoint_seconds=1e-9, n_epochs=4)
+    Run(base_dir, tmp_path / "run", lora=lora, checkpoint_seconds=EVERY_STEP, n_epochs=4).train()
     folders = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())
     assert len(folders) == 8
     for folder in folders:
         facts = check_adapter(folder)
         assert not isinstance(facts.config, AdaLoraConfig)
         assert {path.name for path in folder.iterdir()} == {*CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE, RECIPE_FILE}
+
+
+NF4 = {**LORA, "target_modules": ["q_proj", "v_proj", "down_proj"], "quantization": "nf4"}
+
+
+@pytest.fixture(scope="session")
+def wide_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose layers can be kept in 4 bits."""
+    return make_base(tmp_path_factory.mktemp("wide"), "llama", hidden=64)
+
+
+def test_a_qlora_is_published_with_what_it_was_trained_on_and_merged_into_that(
+    sessions: SessionFactory, store: ObjectStore, start_worker: StartWorker, wide_base_dir: Path, tmp_path: Path
+) -> None:
+    depot = make_depot(sessions, store, tmp_path, wide_base_dir, name="tiny/wide")
+    start_worker(APP)
+    succeeded(depot, depot.submit(lora=NF4, n_epochs=4))
+    with transaction(depot.sessions) as session:
+        version = session.scalars(select(Version)).one()
+        files = list(session.scalars(select(VersionFile)))
+        options = MergeOptions(dtype="float32", start="nf4")
+        merge, _ = request_merge(session, version=version, options=options)
+        assert version.manifest["spec"]["lora"]["quantization"] == "nf4"
+    succeeded(depot, merge.job_id)
+    with transaction(depot.sessions) as session:
+        merged_files = list(session.scalars(select(MergeFile)))
+        report = session.scalars(select(Merge)).one().report
+    model, _ = load_base(wide_base_dir)
+    quantise_base(model)
+    before = logits(model)
+    load_adapter(model, download(depot, files, tmp_path / "adapter"))
+    adapted = logits(model)
+    assert not torch.allclose(before, adapted, atol=1e-3)
+    merged = AutoModelForCausalLM.from_pretrained(download(depot, merged_files, tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
+    assert report is not None
+    assert report["canary"]["run"]
+    # the file is a plain LoRA, which others put on the base as it is stored
+    plain = AutoModelForCausalLM.from_pretrained(wide_base_dir)
+    assert not torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), adapted)
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "adalora": {**ADALORA, "adalora": {**ADALORA["adalora"], "deltaT": 3}},
+    "qlora": {**NF4, "lora_dropout": 0.1},
+    "adalora on a qlora": {**ADALORA, "quantization": "nf4"},
+}
+
+
+@pytest.mark.parametrize("lora", RESUMED.values(), ids=RESUMED)
+def test_a_run_that_goes_on_makes_the_bytes_of_one_that_never_stopped(
+    wide_base_dir: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    straight = Run(wide_base_dir, tmp_path / "a", lora=lora, n_epochs=6, checkpoint_seconds=EVERY_STEP)
+    made = straight.adapter()
+    for step in (1, 5, 9):
+        resume_from = straight.home / CHECKPOINTS / str(step)
+        again = Run(wide_base_dir, tmp_path / f"from-{step}", lora=lora, n_epochs=6, resume_from=resume_from)
+        assert again.adapter() == made
+        assert b'"type":"resumed"' in (again.home / "said").read_bytes()
+
+
+def test_a_killed_worker_costs_an_adalora_on_four_bits_no_bit(
+    sessions: SessionFactory, store: ObjectStore, start_worker: StartWorker, wide_base_dir: Path, tmp_path: Path
+) -> None:
+    depot = make_depot(sessions, store, tmp_path, wide_base_dir, name="tiny/wide")
+    spec = {"lora": RESUMED["adalora on a qlora"], "n_epochs": 30, "max_length": 128, "batch_size": 8}
+    job_id = depot.submit(**spec)
+    worker = start_worker(APP, checkpoint_seconds=EVERY_STEP)
+    wait_until(lambda: saved(depot, job_id), seconds=120, what="a checkpoint")
+    worker.kill()
+    furthest = saved(depot, job_id)[0].step
+    start_worker(APP)
+    finished(depot, job_id)
+    assert [event.message for event in told(depot, job_id, "resumed")] == [f"Resumed at step {furthest} (exact)."]
+    threads = max(1, cpu_count() // 2)  # as a worker of two slots gives each
+    straight = Run(wide_base_dir, tmp_path / "straight", rows=16, threads=threads, **spec)
+    assert adapter_digest(depot) == straight.adapter()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "opt", "falcon", "mixtral", "qwen2_moe", "gpt_neox"])
+def test_submit_and_trainer_agree_on_what_is_kept_in_four_bits(family: str, tmp_path: Path) -> None:
+    facts = check_base(make_base(tmp_path, family, hidden=64, layers=1))
+    model, _ = load_base(tmp_path)
+    every = [path for path, shape in facts.linear_modules.items() if shape[1] % 64]
+    if every:  # the trainer refuses, and so does submit
+        with pytest.raises(BadConfig):
+            quantise_base(model)
+    else:
+        assert quantise_base(model) == quantised_layers(family, facts.linear_modules)

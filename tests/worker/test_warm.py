@@ -16,7 +16,7 @@ import torch
 
 from registry.errors import CancelRequested
 from registry.jobs.spec import TrainSpec
-from tests.tiny import make_rows, write_jsonl
+from tests.tiny import make_base, make_rows, write_jsonl
 from tests.worker.depot import LORA, ROOT, is_alive, wait_until
 from worker.attempt import Attempt, Stop
 from worker.child import stays
@@ -46,11 +46,17 @@ def reporter() -> Reporter:
     return Reporter(os.open(os.devnull, os.O_WRONLY))
 
 
+@pytest.fixture(scope="session")
+def wide_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose layers can be kept in 4 bits."""
+    return make_base(tmp_path_factory.mktemp("wide"), "llama", hidden=64)
+
+
 @pytest.fixture
 def make_task(base_dir: Path, tmp_path: Path) -> Callable[..., TrainTask]:
-    def make(*, rows: int = 8, **spec: object) -> TrainTask:
+    def make(*, rows: int = 8, base: Path = base_dir, **spec: object) -> TrainTask:
         return TrainTask(
-            base_dir=base_dir,
+            base_dir=base,
             base_digest="0" * 64,
             base_model="tiny/llama",
             revision=None,
@@ -89,6 +95,41 @@ def test_a_warm_process_makes_the_bytes_of_a_cold_one(
     train_adapter(wanted, workspace(tmp_path, "cold"), reporter)
     made = {name: adapter_of(tmp_path / name) for name in ("first", "other", "again", "cold")}
     assert made["first"] == made["again"] == made["cold"] != made["other"]
+
+
+def test_a_base_in_four_bits_and_the_whole_one_never_stand_in_for_each_other(
+    host: Host, make_task: Callable[..., TrainTask], wide_base_dir: Path, reporter: Reporter, tmp_path: Path
+) -> None:
+    host = replace(host, child_argv=CHILD_ARGV)
+    whole = make_task(base=wide_base_dir)
+    packed = make_task(base=wide_base_dir, lora={**LORA, "quantization": "nf4"})
+    kept, pids = KeptBase(), []
+    for name, task in (("whole", whole), ("packed", packed), ("packed-again", packed), ("whole-again", whole)):
+        run_task(host, make_attempt(), task, workspace(tmp_path, name), base_digest="0" * 64)
+        pids.append(host.warm._idle[-1].child.pid)
+        # the same within one process, were it given both
+        train_adapter(task, workspace(tmp_path, f"one-{name}"), reporter, kept)
+        assert kept.offer(reporter)
+    assert len({*pids[:2]}) == 2
+    assert (pids[2], pids[3]) == (pids[1], pids[0])
+    for kind in ("whole", "packed"):
+        names = [kind, f"{kind}-again", f"one-{kind}", f"one-{kind}-again"]
+        assert len({adapter_of(tmp_path / name) for name in names}) == 1
+    assert adapter_of(tmp_path / "whole") != adapter_of(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("part", ["levels", "maxima", "largest", "offset"])
+def test_a_base_in_four_bits_that_changed_is_not_offered(
+    make_task: Callable[..., TrainTask], wide_base_dir: Path, reporter: Reporter, tmp_path: Path, part: str
+) -> None:
+    kept = KeptBase()
+    task = make_task(base=wide_base_dir, lora={**LORA, "quantization": "nf4", "use_dora": True}, n_epochs=1)
+    train_adapter(task, workspace(tmp_path, "job"), reporter, kept)
+    assert kept.offer(reporter)
+    assert kept._base
+    numbers = getattr(kept._base[0].model.layers[0].mlp.down_proj.weight.packed, part).numpy()  # no version counts this
+    numbers.reshape(-1).view("uint8")[-1] ^= 1
+    assert not kept.offer(reporter)
 
 
 def speaking(script: str) -> tuple[str, ...]:
@@ -224,7 +265,9 @@ def test_a_base_that_cannot_be_looked_at_costs_no_result(
     monkeypatch.setattr("worker.child.kept_base", lambda: kept)
     monkeypatch.setattr("worker.child.has_children", lambda: False)  # this process runs the tests' servers
     assert stays(reporter)
-    kept.get("0" * 64, lambda: pytest.fail("it is kept"))[0].register_buffer("odd", torch.empty(3, device="meta"))
+    kept.get(("0" * 64, None), lambda: pytest.fail("it is kept"))[0].register_buffer(
+        "odd", torch.empty(3, device="meta")
+    )
     with pytest.raises(Exception, match="meta"):
         kept.offer(reporter)
     assert not stays(reporter)

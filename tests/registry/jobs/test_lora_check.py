@@ -57,6 +57,34 @@ def test_what_does_not_is_refused_by_the_name_of_its_field(lora: dict[str, Any],
     assert caught.value.param == param
 
 
+def test_nothing_of_gpt2_is_kept_in_four_bits() -> None:
+    with pytest.raises(InvalidHyperparameter, match="no linear layers"):
+        check_lora(LoraSpec.model_validate({"r": 4, "quantization": "nf4"}), GPT2)
+
+
+@pytest.mark.parametrize(
+    ("lora", "param"),
+    [
+        ({"modules_to_save": ["v_proj"]}, "lora.modules_to_save"),
+        ({"modules_to_save": ["layers.1"]}, "lora.modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, None),
+        ({"bias": "all", "use_dora": True}, None),
+        ({"adalora": {"init_r": 4, "target_r": 2}, "r": 4}, None),
+    ],
+)
+def test_what_is_in_four_bits_is_not_trained_whole(lora: dict[str, Any], param: str | None) -> None:
+    shapes = {f"model.layers.{layer}.self_attn.{name}_proj": [16, 128] for layer in range(2) for name in "qv"}
+    shapes["lm_head"] = [64, 100]  # no block divides it, and it stays as it is
+    base = BaseModel(architecture="llama", facts={"linear_modules": shapes, "tied": False, "vocab_size": 64})
+    spec = LoraSpec.model_validate({"r": 4, "target_modules": ["q_proj"], "quantization": "nf4", **lora})
+    if param is None:
+        check_lora(spec, base)
+        return
+    with pytest.raises(InvalidHyperparameter) as caught:
+        check_lora(spec, base)
+    assert caught.value.param == param
+
+
 DOWN = "mlp.experts.down_proj"
 
 
