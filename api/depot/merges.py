@@ -36,7 +36,10 @@ router = Router("Merges")
         errors.InvalidAliasName,
         errors.QuotaExceeded,
     ),
-    extra={"requestBody": {"content": {"application/json": {"example": {"dtype": "base"}}}}},
+    extra={
+        "x-field-permissions": {"alias": Permission.ADAPTERS_WRITE.value},  # as for whoever moves an alias elsewhere
+        "requestBody": {"content": {"application/json": {"example": {"dtype": "base"}}}},
+    },
     responses={
         200: {
             "model": MergeObject,

@@ -153,8 +153,27 @@ class TestDeclaration:
         with pytest.raises(RuntimeError, match="/leak"):
             create_app(settings)
 
+    def test_moving_an_alias_takes_the_same_permission_wherever_it_is_asked_for(self, app: FastAPI) -> None:
+        schema = app.openapi()
+        bodies = schema["components"]["schemas"]
+        routes = [route for path in schema["paths"].values() for route in path.values()]
+        needed = {name for route in routes for name in _body_of(route) if "alias" in bodies[name]["properties"]}
+        assert needed == {"MergeIn"}
+        for route in routes:
+            if needed & set(_body_of(route)):
+                assert route["x-field-permissions"] == {"alias": "adapters:write"}
+        moves = [r for p, path in schema["paths"].items() for m, r in path.items() if "/aliases/" in p and m != "get"]
+        assert moves
+        assert {route["x-permission"] for route in moves} == {"adapters:write"}
+
     def test_permissions_are_words_that_exist(self) -> None:
         assert {route.permission for route in ROUTES} <= {p.value for p in Permission}
+
+
+def _body_of(route: dict[str, Any]) -> list[str]:
+    """Names of the schemas that a JSON body of this route may have."""
+    schema = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    return [part["$ref"].rpartition("/")[2] for part in [schema, *schema.get("anyOf", [])] if "$ref" in part]
 
 
 def fill(path: str, values: dict[str, str]) -> str:

@@ -168,6 +168,18 @@ def test_fields_of_lora_without_an_option_are_given_by_name(run: Run, rows: str)
     ]
     assert lora.items() >= {"bias": "all", "rank_pattern": {"v_proj": 2}, "use_dora": True, "r": 4}.items()
     assert lora["target_modules"] == "paper"
+    more = [
+        "--lora",
+        'adalora={"init_r": 4, "target_r": 2}',
+        "--lora",
+        "packing=false",
+        "--lora",
+        "tokens_per_batch=64",
+    ]
+    lora = json.loads(run("jobs", "show", submit(run, rows, *more), "--json").output)["lora"]
+    assert (lora["adalora"]["target_r"], lora["packing"], lora["tokens_per_batch"]) == (2, False, 64)
+    said = run("jobs", "submit", "--model", "tiny", "--data", rows, "--lora", "quantization=int8", status=1).stderr
+    assert "lora.quantization" in said
     said = run("jobs", "submit", "--model", "tiny", "--data", rows, "--lora", "bias", status=1).stderr
     assert "NAME=VALUE" in said
 
