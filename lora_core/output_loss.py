@@ -11,6 +11,8 @@ from torch.nn import functional as F
 # Large enough that a piece's product is worth reading the weight for, small enough to be forgotten.
 _PIECE_BYTES = 64 * 2**20
 _MIN_ROWS, _MAX_ROWS = 128, 2048
+# Of a piece, what a processor's cache holds while it is gone over several times; other devices take it whole.
+_CACHED_BYTES = 2 * 2**20
 
 
 class OutputLoss(torch.autograd.Function):
@@ -29,15 +31,12 @@ class OutputLoss(torch.autograd.Function):
         losses = []
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
-            p = _logits(hidden[piece], weight, bias, scale)
-            target = targets[piece, None]
-            top, picked = p.amax(-1, keepdim=True), p.gather(1, target)
-            total = p.sub_(top).exp_().sum(-1, keepdim=True)
-            losses.append((total.log() + top - picked)[:, 0])
+            logits = F.linear(hidden[piece], weight, bias)
+            at_once = max(1, _CACHED_BYTES // (4 * len(weight))) if logits.device.type == "cpu" else rows
+            for some, target in zip(logits.split(at_once), targets[piece, None].split(at_once), strict=True):
+                losses.append(_losses(some, target, scale, in_place=wanted))
             if gradient is not None:
-                p.mul_(scale / total)  # scale · softmax
-                p.scatter_add_(1, target, p.new_full(target.shape, -scale))
-                torch.mm(p.to(hidden.dtype), weight, out=gradient[piece])
+                torch.mm(logits, weight, out=gradient[piece])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return torch.cat(losses)
@@ -69,9 +68,15 @@ def _is_trained(layer: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """In float32 at least, and nobody else's: it may be written to."""
-    logits = F.linear(hidden, weight, bias)
-    if logits.dtype in {torch.bfloat16, torch.float16}:
-        logits = logits.float()
-    return logits if scale == 1.0 else logits.mul_(scale)
+def _losses(logits: Tensor, target: Tensor, scale: float, *, in_place: bool) -> Tensor:
+    """(n, vocabulary) logits, (n, 1) targets → (n,) losses; if `in_place`, the logits become the losses' gradients."""
+    p = logits.float() if logits.dtype in {torch.bfloat16, torch.float16} else logits
+    if scale != 1.0:
+        p.mul_(scale)
+    top, picked = p.amax(-1, keepdim=True), p.gather(1, target)
+    total = p.sub_(top).exp_().sum(-1, keepdim=True)
+    if in_place:
+        p.mul_(scale / total)  # scale · softmax
+        p.scatter_add_(1, target, p.new_full(target.shape, -scale))
+        logits.copy_(p)
+    return (total.log_() + top - picked)[:, 0]
