@@ -1,5 +1,9 @@
 """What a plan says a step takes, against what the allocator reports while the step is taken."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,19 @@ def test_a_step_takes_what_was_planned_within_15_per_cent(base: Path, options: d
     config = TrainConfig(batch_size=len(LENGTHS), max_steps=2, **options)
     plan = plan_memory(base, LORA, config, LENGTHS, labelled=LABELLED, dtype=torch.float32)
     assert plan.step == pytest.approx(measured(base, config), rel=0.15)
+
+
+def test_where_malloc_gives_memory_back_the_whole_process_is_as_large_as_planned(tmp_path: Path) -> None:
+    base, warm = tmp_path / "base", tmp_path / "warm"
+    make_base(base, hidden=256, layers=4, vocab=8000)
+    make_base(warm)
+    command = [sys.executable, "-m", "tests.lora_core.one_step", str(base), str(warm), json.dumps([512] * 4)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["step"] > 0.2 * found["total"]  # not just the interpreter and its libraries
+    assert found["total"] == pytest.approx(found["held"], rel=0.15)
 
 
 def test_checkpointing_and_packing_are_planned_as_savings(base: Path) -> None:
