@@ -62,6 +62,12 @@ def receiver() -> Iterator[Receiver]:
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver on a busy machine is slow, and not what these tests are about."""
+    monkeypatch.setattr(send, "SECONDS", 60.0)
+
+
 @pytest.fixture
 def listen(sessions: SessionFactory) -> Callable[..., WebhookEndpoint]:
     def make(job: Job, url: str, event_types: Any = ALL) -> WebhookEndpoint:
