@@ -36,9 +36,12 @@ def told() -> list[CheckpointNews]:
 
 @pytest.fixture
 def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Callable[..., Ending]:
-    """Run the stand-in child; `meanwhile` is called once it has told its first step."""
+    """Run the stand-in child; `meanwhile` is called, and `stall_seconds` count, once it has told its first step: how
+    long a busy machine takes to start it does not matter."""
 
-    def run(mode: int, meanwhile: Callable[[], None] = lambda: None, **over: float) -> Ending:
+    def run(
+        mode: int, meanwhile: Callable[[], None] = lambda: None, stall_seconds: float = NEVER, **over: float
+    ) -> Ending:
         (tmp_path / "task.json").write_text(json.dumps({"spec": {"seed": mode}}))
         (tmp_path / "adapter").mkdir()
         argv = [sys.executable, str(Path(fake_child.__file__)), str(tmp_path / "adapter")]
@@ -46,12 +49,13 @@ def start(attempt: Attempt, tmp_path: Path, told: list[CheckpointNews]) -> Calla
 
         def watch() -> None:
             wait_until(lambda: (attempt.news.take()[0] or {}).get("step"))
+            object.__setattr__(patience, "stall_seconds", stall_seconds)
             meanwhile()
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         waits = {"grace_seconds": NEVER, "stall_seconds": NEVER, "detached_seconds": NEVER}
         patience = Patience(**{**waits, **over})
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         child = Child(argv, env=child_env(tmp_path / "home", threads=1), directory=tmp_path / "home")
         ending = run_child(child, tmp_path, attempt=attempt, patience=patience, on_checkpoint=told.append)
         watcher.join()
@@ -83,15 +87,18 @@ def test_a_child_that_falls_silent_leaves_its_stacks_and_is_killed(start: Callab
 
 def test_a_child_that_goes_on_is_not_silent(start: Callable[..., Ending], attempt: Attempt) -> None:
     def wait() -> None:
-        time.sleep(2.5)
+        time.sleep(6.5)
         attempt.stop(Stop.CANCEL)
 
-    ending = start(fake_child.LONG, wait, stall_seconds=0.5)
+    ending = start(fake_child.LONG, wait, stall_seconds=5)
     assert (ending.returncode, ending.stalled) == (EXIT_STOPPED, False)
 
 
 def test_without_postgres_for_too_long_a_child_saves_and_stops(start: Callable[..., Ending], attempt: Attempt) -> None:
-    ending = start(fake_child.LONG, detached_seconds=0.5)
+    def lose_postgres() -> None:
+        attempt._renewed -= 2 * NEVER
+
+    ending = start(fake_child.LONG, lose_postgres, detached_seconds=NEVER)
     assert ending.returncode == EXIT_STOPPED
     assert attempt.reason is Stop.DETACHED
     with pytest.raises(Drained):
