@@ -23,6 +23,7 @@ from lora_core.inject import inject
 from lora_core.mode import training
 from lora_core.output_loss import token_losses
 from lora_core.packing import Packed, can_pack, packed_hidden
+from lora_core.qlora import quantise_base, resident_bytes, room_for
 from lora_core.train_config import TrainConfig
 from lora_core.trainable import trained_parameters
 
@@ -50,17 +51,27 @@ class MemoryPlan:
 
 
 def plan_memory(
-    base: Path, lora: LoraConfig, config: TrainConfig, lengths: Sequence[int], *, labelled: float, dtype: torch.dtype
+    base: Path,
+    lora: LoraConfig,
+    config: TrainConfig,
+    lengths: Sequence[int],
+    *,
+    labelled: float,
+    dtype: torch.dtype,
+    quantised: bool = False,
 ) -> MemoryPlan:
     """For the largest micro-batch: rows of `lengths` tokens, of which the share `labelled` is learnt.
 
-    A row of a step that fits `config.tokens_per_batch` alone is the least that can be in memory at once.
+    A row of a step that fits `config.tokens_per_batch` alone is the least that can be in memory at once. `quantised`:
+    on a base in 4 bits, which for a moment of its loading is there whole.
     """
     runtime = _resident()
     with FakeTensorMode(allow_non_fake_inputs=True):
         settings = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa")
-        weights = _bytes(model.parameters())
+        if quantised:
+            quantise_base(model, pack=room_for)
+        weights = resident_bytes(model)
         inject(model, lora, seed=0)
         trained = list(trained_parameters(model).values())
         count = _Count()

@@ -74,6 +74,13 @@ def pack(dense: Tensor) -> Packed:
     return packed.map(lambda part: part.to(dense.device))
 
 
+def room_for(dense: Tensor) -> Packed:
+    """What `pack` would make, without its numbers: for plans of memory."""
+    blocks = dense.numel() // nf4.BLOCK
+    levels, maxima = (torch.empty(count, dtype=torch.uint8) for count in (dense.numel() // 2, blocks))
+    return Packed(levels, maxima, torch.empty(-(-blocks // nf4.BLOCK_OF_MAXIMA)), torch.empty(()))
+
+
 class NF4Weight(Tensor):
     """A frozen tensor that is kept in 4 bits and computes as the dense one of its shape and dtype.
 
@@ -138,7 +145,9 @@ class _Linear(torch.autograd.Function):
         return dx, None, grad.flatten(0, -2).sum(0) if want_bias else None
 
 
-def quantise_base(model: nn.Module, *, skip: Collection[str] = _WHOLE) -> list[str]:
+def quantise_base(
+    model: nn.Module, *, skip: Collection[str] = _WHOLE, pack: Callable[[Tensor], Packed] = pack
+) -> list[str]:
     """Keep the weight of every linear layer of a base in 4 bits; returns their paths, sorted.
 
     Modules whose last name is in `skip` stay whole, by default output layers and heads; so do Conv1D and parameters of

@@ -23,6 +23,7 @@ from lora_core.fingerprint import take_fingerprint
 from lora_core.inject import eject, inject
 from lora_core.layers import LoraLinear
 from lora_core.live import LiveModel
+from lora_core.memory import plan_memory
 from lora_core.merge import merge
 from lora_core.mode import training
 from lora_core.model import load_base
@@ -30,6 +31,7 @@ from lora_core.plan import plan_merge
 from lora_core.qlora import NF4Weight, Packed, pack, quantise_base, resident_bytes
 from lora_core.train import TrainConfig, train
 from lora_core.trainable import trained_parameters
+from tests.lora_core import test_memory
 from tests.lora_core.recipes import TOKENS, logits_of
 from tests.lora_core.test_recipe_kinds import peft_model
 from tests.tiny import make_base, make_rows
@@ -187,6 +189,29 @@ def test_a_quantised_model_takes_less_memory(base):
     before = resident_bytes(model)
     assert len(quantise_base(model)) == 14
     assert before - resident_bytes(model) > 0.86 * linear  # 4.13 bits of 32 and, tensors being tiny, 256 maxima each
+
+
+def test_the_memory_of_a_step_on_four_bits_is_planned(tmp_path, monkeypatch):
+    base = make_base(tmp_path / "base", hidden=64, layers=3, vocab=2000)
+
+    def load(*args, **options):
+        model, tokenizer = load_base(*args, **options)
+        quantise_base(model)
+        return model, tokenizer
+
+    monkeypatch.setattr(test_memory, "load_base", load)
+    config = TrainConfig(batch_size=len(test_memory.LENGTHS), max_steps=2)
+    plan = plan_memory(
+        base,
+        test_memory.LORA,
+        config,
+        test_memory.LENGTHS,
+        labelled=test_memory.LABELLED,
+        dtype=torch.float32,
+        quantised=True,
+    )
+    assert plan.base == resident_bytes(load(base)[0])
+    assert plan.step == pytest.approx(test_memory.measured(base, config), rel=0.15)
 
 
 def test_what_was_trained_on_four_bits_is_what_the_merge_says(base, tmp_path):
