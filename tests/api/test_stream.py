@@ -25,7 +25,7 @@ Submit = Callable[..., Any]
 
 @pytest.fixture
 def web(server: str, key: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, headers=bearer(key), timeout=30) as client:
+    with httpx.Client(base_url=server, headers=bearer(key), timeout=120) as client:
         yield client
 
 

@@ -167,7 +167,7 @@ def test_kill_9_of_the_worker_mid_training_ends_in_exactly_one_version(stack: St
     trainers = psutil.Process(killed).children(recursive=True)
     os.kill(killed, signal.SIGKILL)
     assert trainers
-    assert psutil.wait_procs(trainers, timeout=30)[1] == []
+    assert psutil.wait_procs(trainers, timeout=90)[1] == []
     assert "Published survivor@1." in stack.user.types("jobs", "watch", job_id)
     job = json.loads(stack.user.types("jobs", "show", job_id, "--json"))
     assert (job["state"], job["attempt"]) == ("succeeded", 2)

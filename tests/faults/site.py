@@ -80,7 +80,7 @@ class Servers:
     def stop_postgres(self, number: signal.Signals = signal.SIGQUIT) -> None:
         """SIGQUIT is what `pg_ctl stop -m immediate` sends: no goodbye, no checkpoint."""
         self.postgres.process.send_signal(number)
-        self.postgres.process.wait(30)
+        self.postgres.process.wait(120)
 
     def start_postgres(self) -> None:
         if self.postgres.process.poll() is not None:
@@ -88,7 +88,7 @@ class Servers:
 
     def stop_valkey(self, number: signal.Signals = signal.SIGKILL) -> None:
         self.valkey.process.send_signal(number)
-        self.valkey.process.wait(30)
+        self.valkey.process.wait(120)
 
     def start_valkey(self) -> None:
         if self.valkey.process.poll() is not None:

@@ -12,15 +12,15 @@ def test_a_value_is_made_once_for_all_who_ask_at_once() -> None:
 
     def make() -> int:
         begun.set()
-        assert go.wait(20)
+        assert go.wait(120)
         made.append(1)
         return 7
 
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(shared.get, "key", make) for _ in range(4)]
-        assert begun.wait(20)
+        assert begun.wait(120)
         go.set()
-        assert [answer.result(20) for answer in answers] == [7] * 4
+        assert [answer.result(120) for answer in answers] == [7] * 4
     assert made == [1]
 
 

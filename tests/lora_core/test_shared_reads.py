@@ -84,7 +84,7 @@ def test_at_the_same_moment_one_reads_for_all(case):
     begin = threading.Barrier(4)
 
     def read_all(checkpoint: MergedCheckpoint) -> bytes:
-        begin.wait(20)
+        begin.wait(120)
         return b"".join(part.tobytes() for part in checkpoint.read(FILE, 0, size))
 
     with ThreadPoolExecutor(4) as pool:

@@ -139,11 +139,11 @@ def test_who_waits_for_another_to_fetch_can_still_give_up(cache: BaseCache, file
 
     def hold() -> None:
         inside.set()
-        done.wait(30)
+        done.wait(120)
 
     holder = threading.Thread(target=lambda: cache.ensure(DIGEST, files, hold))
     holder.start()
-    assert inside.wait(30)
+    assert inside.wait(120)
 
     def give_up() -> None:
         raise CancelRequested

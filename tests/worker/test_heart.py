@@ -136,7 +136,7 @@ def test_a_lost_fence_stops_the_attempt(depot: Depot, attempt: Attempt, switch: 
     heart = make_heart(stranger, switch)
     heart.start()
     with pytest.raises(FenceLost):
-        stranger.wait(30)
+        stranger.wait(120)
     heart.stop()
 
 
