@@ -15,7 +15,7 @@ from registry.db import SessionFactory
 from registry.jobs.spec import LoraSpec
 from registry.storage import ObjectStore
 from tests.tiny import make_base, randomize_adapter
-from tests.worker.depot import BASE_NAME, LORA, Depot, WorkerProcess, make_depot, worker_env
+from tests.worker.depot import BASE_NAME, LORA, Depot, WorkerProcess, connect_redis, make_depot, worker_env
 from worker.base_cache import BaseCache
 from worker.host import Host
 from worker.runner import Runner
@@ -92,6 +92,8 @@ def start_worker(
     depot: Depot, database_url: str, valkey_url: str, adapter_dir: Path, tmp_path: Path
 ) -> Iterator[StartWorker]:
     """Starts worker processes; what is left of them after the test is killed."""
+    with connect_redis(valkey_url) as client:
+        client.flushall()  # a worker that another test killed leaves what it had not read, or read and not done
     started: list[WorkerProcess] = []
     log = tmp_path / "worker.log"
 
