@@ -22,6 +22,7 @@ from lora_core.trainable import trained_parameters
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 _CODE = (
     *(
+        "attention",
         "batching",
         "data",
         "distributed",

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from lora_core.adapter import save_adapter
+from lora_core.attention import DocumentsFunction
 from lora_core.checkpoint import CHECKPOINT_FILES, DOCUMENT_FILE, TENSORS_FILE, Fingerprint, differences
 from lora_core.classification import Classification
 from lora_core.config import LoraConfig
@@ -252,9 +253,9 @@ def test_a_changed_environment_is_told_in_words(straight) -> None:
     assert differences(before, now) == ["threads 64 → 1", f"torch 2.0.0 → {torch_now}"]
 
 
-@pytest.mark.parametrize("task", [CausalLM, Classification, DPO, Seq2Seq])
-def test_a_resume_on_other_code_of_the_task_is_not_called_exact(task: type) -> None:
-    assert task.__module__.rpartition(".")[2] in _CODE
+@pytest.mark.parametrize("part", [CausalLM, Classification, DPO, Seq2Seq, DocumentsFunction])
+def test_a_resume_on_other_code_that_computes_is_not_called_exact(part: type) -> None:
+    assert part.__module__.rpartition(".")[2] in _CODE
 
 
 def test_a_device_that_does_not_repeat_is_never_exact(straight) -> None:
