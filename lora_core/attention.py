@@ -59,7 +59,9 @@ class DocumentsFunction(torch.autograd.Function):
 
 def fits(query: Tensor, lengths: Sequence[int]) -> bool:
     """Whether `DocumentsFunction` is the faster way."""
-    return query.device.type == "cpu" and len(query) == 1 and max(lengths) <= _LONGEST
+    # Products of float16 that are not scaled yet may be larger than it can say.
+    fitting = query.device.type == "cpu" and query.dtype is not torch.float16
+    return fitting and len(query) == 1 and max(lengths) <= _LONGEST
 
 
 def _probabilities(queries: Tensor, keys: Tensor, tokens: int, scale: float) -> Tensor:

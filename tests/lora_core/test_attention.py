@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_core import attention
+from lora_core import attention, packing
 from lora_core.attention import DocumentsFunction, fits
 
 
@@ -70,3 +70,10 @@ def test_what_is_long_or_not_one_row_is_left_to_the_kernel() -> None:
     assert not fits(row, [2000])
     assert not fits(row.view(2, 2, 1000, 4), [1000])
     assert not fits(row.to("meta"), [1000, 1000])
+
+
+def test_float16_whose_products_overflow_is_left_to_the_kernel() -> None:
+    row = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)
+    assert row[0, 0].float().mm(row[0, 0].float().mT).max() > torch.finfo(torch.float16).max
+    found, _ = packing.attend(torch.nn.Identity(), row, row, row, None, document_lengths=[3, 1])
+    torch.testing.assert_close(found, row.transpose(1, 2))
