@@ -28,7 +28,7 @@ def add_product(values: Array, left: Array, right: Array, scratch: Array) -> Non
     gemm = _gemm if _is_plain(values, left, right) else None
     for begin in range(0, columns, step):
         width = min(step, columns - begin)
-        if gemm:
+        if gemm and width > 1:  # see `_is_plain`
             _accumulate(gemm, values, left, right, slice(begin, begin + width))
         else:
             tile = scratch[: rows * width].reshape(rows, width)

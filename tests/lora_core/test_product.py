@@ -25,6 +25,14 @@ def test_the_sum_has_the_bits_of_numpys_product_and_sum(shape, monkeypatch):
     np.testing.assert_array_equal(add(values, left, right), values + left @ right)
 
 
+def test_a_last_tile_of_one_column_has_the_bits_of_numpys_product_and_sum(monkeypatch):
+    monkeypatch.setattr(product, "TILE_MULTIPLICATIONS", 44 * 64 * 93)
+    values, left, right = numbers(44, 187), numbers(44, 64), numbers(64, 187)
+    ours = add(values, left, right)
+    monkeypatch.setattr(product, "_gemm", None)
+    np.testing.assert_array_equal(ours, add(values, left, right))
+
+
 @pytest.mark.parametrize("tile", [1, 1000, 2**60])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_sum_is_right_in_tiles_and_without_openblas(shape, tile, monkeypatch):
