@@ -111,7 +111,8 @@ class _Run:
         self.task = task
         self.after_step, self.forget = after_step, forget
         self.lengths = [task.length(example) for example in examples]
-        distributed.require_equal((config, self.lengths), "rows or settings")
+        held_out = [task.length(example) for example in eval_examples or ()]
+        distributed.require_equal((config, self.lengths, held_out), "rows or settings")
         named = trained_parameters(model)
         if not named:
             raise NoGradient("the model has nothing to train", modules=[])

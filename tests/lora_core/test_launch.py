@@ -67,10 +67,11 @@ def work(base: Path, rows: Path, out: Path) -> None:
         run(arguments(base, others if rank else rows, out / "never", "--sharding", "full"))
     except BadConfig as error:
         tell(out / f"refused.{rank}", error.message)
-    try:
-        train_apart(base)
-    except BadConfig as error:
-        tell(out / f"refused_by_train.{rank}", error.message)
+    for name, count, held_out in (("train", 5 + rank, 2), ("evaluate", 5, 2 + rank)):
+        try:
+            train_on(base, count, held_out)
+        except BadConfig as error:
+            tell(out / f"refused_by_{name}.{rank}", error.message)
     tell(out / f"before_the_end.{rank}", None)
     if rank == 1:  # in the midst of the first step
         lora_core.distributed.sum_gradients = lambda _: os.kill(os.getpid(), signal.SIGKILL)
@@ -104,9 +105,10 @@ def count_bytes(base: Path) -> list[int]:
     return [before, base_bytes(model)]
 
 
-def train_apart(base: Path) -> None:
+def train_on(base: Path, rows: int, held_out: int) -> None:
     model, tokenizer = adapted(base)
-    train(model, tokenize_rows(tokenizer, make_rows(5 + distributed.rank()), 100).examples, TrainConfig())
+    examples, others = (tokenize_rows(tokenizer, make_rows(count), 100).examples for count in (rows, held_out))
+    train(model, examples, TrainConfig(), eval_examples=others)
 
 
 def free_port() -> int:
@@ -237,7 +239,8 @@ def test_peft_says_what_we_say_with_the_adapter(folder: Path, llama: Path) -> No
 def test_machines_with_different_rows_do_not_begin(folder: Path) -> None:
     for rank in (0, 1):
         assert told(folder / f"refused.{rank}").endswith("they differ in examples")
-        assert told(folder / f"refused_by_train.{rank}").endswith("different rows or settings")
+        for name in ("train", "evaluate"):
+            assert told(folder / f"refused_by_{name}.{rank}").endswith("different rows or settings")
 
 
 def test_a_killed_process_ends_those_on_other_machines(folder: Path) -> None:
