@@ -91,13 +91,15 @@ def empty_database(engine: Engine) -> None:
 
 @pytest.fixture(autouse=True)
 def same_torch() -> Iterator[None]:
-    """What a test sets for all of torch does not reach the next file of its process."""
+    """Which tests a process ran before decides neither what torch is set to nor which numbers it draws."""
     torch = sys.modules.get("torch")
     before = torch and (
         torch.get_num_threads(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
     )
+    if torch:
+        torch.manual_seed(0)
     yield
     if torch and before:
         torch.set_num_threads(before[0])
