@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +20,7 @@ from registry.storage.digests import digest_file
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 0.1
+INCOMING = ".incoming"
 
 Run = Callable[[Callable[[], None]], None]
 Stamp = list[int]  # size, modification time in ns
@@ -50,6 +52,7 @@ class BaseCache:
         folder = self._root / digest
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked(digest, check):
+            self._remove_strangers(folder, files)
             known = self._read_stamps(digest)
             for file in files:
                 check()
@@ -71,7 +74,8 @@ class BaseCache:
         """Remove what nobody uses, the one used longest ago first, until the rest is not too much."""
         if not self._max_bytes:
             return
-        bases = sorted((path for path in self._root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        folders = [path for path in self._root.iterdir() if path.is_dir() and path.suffix != INCOMING]
+        bases = sorted(folders, key=lambda path: path.stat().st_mtime)
         sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in bases}
         for path in bases:
             if sum(sizes.values()) <= self._max_bytes:
@@ -84,16 +88,27 @@ class BaseCache:
             if not _try_lock(file):
                 return False
             self._stamps_path(folder.name).unlink(missing_ok=True)
+            shutil.rmtree(folder.with_suffix(INCOMING), ignore_errors=True)
             shutil.rmtree(folder)
         return True
+
+    def _remove_strangers(self, folder: Path, files: Sequence[StoredFile]) -> None:
+        """What somebody left who was killed while fetching, or gave up: a base with a surplus file is refused."""
+        shutil.rmtree(folder.with_suffix(INCOMING), ignore_errors=True)
+        for path in {path.name for path in folder.iterdir()} - {file.path for file in files}:
+            (folder / path).unlink(missing_ok=True)
 
     def _verify_or_fetch(self, file: StoredFile, path: Path) -> None:
         if path.is_file():
             if digest_file(path) == (file.sha256, file.size):
                 return
             log.warning("%s in the base cache is damaged; it is fetched again", path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._store.fetch(file.key, path, sha256=file.sha256, size=file.size)
+        # Beside the base: who gave up waiting for this left it to go on, and others use the folder meanwhile.
+        incoming = path.parent.with_suffix(INCOMING)
+        incoming.mkdir(mode=0o700, exist_ok=True)
+        fetched = incoming / uuid.uuid4().hex
+        self._store.fetch(file.key, fetched, sha256=file.sha256, size=file.size)
+        fetched.replace(path)
 
     def _stamps_path(self, digest: str) -> Path:
         return self._root / f"{digest}.json"

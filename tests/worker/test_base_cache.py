@@ -4,17 +4,18 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
+from registry.apart import run_apart
 from registry.errors import ArtifactCorrupt, CancelRequested
 from registry.jobs.inputs import StoredFile
 from registry.storage import ObjectStore
 from registry.storage.digests import digest_file
 from registry.storage.keys import blob_key
-from worker.base_cache import BaseCache
+from worker.base_cache import INCOMING, BaseCache
 
 DIGEST = "d" * 64
 
@@ -31,7 +32,7 @@ class Counting:
         self.fetched: list[str] = []
 
     def fetch(self, key: str, path: Path, *, sha256: str, size: int) -> None:
-        self.fetched.append(path.name)
+        self.fetched.append(key)
         self.store.fetch(key, path, sha256=sha256, size=size)
 
 
@@ -67,7 +68,7 @@ def test_what_nobody_uses_makes_room_the_oldest_first(
     counting.fetched.clear()
     with cache.using(digests[0]):
         cache.ensure(digests[0], files, nothing)
-    assert counting.fetched == ["config.json", "model.safetensors"]
+    assert counting.fetched == [file.key for file in files]
 
 
 def test_a_base_in_use_is_never_evicted(counting: Counting, files: list[StoredFile], tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_a_second_use_fetches_nothing(cache: BaseCache, counting: Counting, file
     folder = cache.ensure(DIGEST, files, nothing)
     assert cache.ensure(DIGEST, files, nothing) == folder
     assert {path.name: path.stat().st_size for path in folder.iterdir()} == {file.path: file.size for file in files}
-    assert counting.fetched == ["config.json", "model.safetensors"]
+    assert counting.fetched == [file.key for file in files]
 
 
 def truncate(path: Path) -> None:
@@ -107,7 +108,7 @@ def test_a_damaged_file_is_fetched_again(
     folder = cache.ensure(DIGEST, files, nothing)
     damage(folder / "model.safetensors")
     cache.ensure(DIGEST, files, nothing)
-    assert counting.fetched[2:] == ["model.safetensors"]
+    assert counting.fetched[2:] == [files[1].key]
     assert digest_file(folder / "model.safetensors") == (files[1].sha256, files[1].size)
 
 
@@ -122,7 +123,7 @@ def test_doubt_finds_damage_that_left_size_and_time_alone(
     assert counting.fetched[2:] == []
     cache.doubt(DIGEST)
     cache.ensure(DIGEST, files, nothing)
-    assert counting.fetched[2:] == ["model.safetensors"]
+    assert counting.fetched[2:] == [files[1].key]
 
 
 def test_bytes_that_are_wrong_in_the_store_are_never_used(
@@ -152,6 +153,52 @@ def test_who_waits_for_another_to_fetch_can_still_give_up(cache: BaseCache, file
         cache.ensure(DIGEST, files, give_up)
     done.set()
     holder.join()
+
+
+class Swallowing:
+    """A store that keeps whoever fetches waiting."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def fetch(self, key: str, path: Path, *, sha256: str, size: int) -> None:
+        path.with_name(".half.part").write_bytes(b"half")
+        self.inside.set()
+        assert self.go.wait(120)
+        self.store.fetch(key, path, sha256=sha256, size=size)
+
+
+def test_a_fetch_that_was_left_to_itself_is_never_seen_in_the_base(
+    cache: BaseCache, store: ObjectStore, files: list[StoredFile], tmp_path: Path
+) -> None:
+    swallowing = Swallowing(store)
+    left: list[Future[None]] = []
+
+    def leave(get: Callable[[], None]) -> None:
+        left.append(run_apart(get, "left"))
+        assert swallowing.inside.wait(120)
+        raise CancelRequested
+
+    names = {file.path for file in files}
+    with pytest.raises(CancelRequested):
+        BaseCache(tmp_path / "cache", swallowing).ensure(DIGEST, files, nothing, leave)  # type: ignore[arg-type]  # it only fetches
+    assert list((tmp_path / "cache" / DIGEST).iterdir()) == []
+    folder = cache.ensure(DIGEST, files, nothing)
+    assert {path.name for path in folder.iterdir()} == names
+    swallowing.go.set()
+    wait(left)
+    assert {path.name for path in folder.iterdir()} == names
+    assert digest_file(folder / files[0].path) == (files[0].sha256, files[0].size)
+
+
+def test_what_a_killed_worker_had_fetched_in_part_is_removed(cache: BaseCache, files: list[StoredFile]) -> None:
+    folder = cache.ensure(DIGEST, files, nothing)
+    (folder / ".0.part").write_bytes(b"half")
+    (folder.with_suffix(INCOMING) / ".1.part").write_bytes(b"half")
+    cache.ensure(DIGEST, files, nothing)
+    assert {path.name for path in folder.iterdir()} == {file.path for file in files}
+    assert not folder.with_suffix(INCOMING).exists()
 
 
 def test_workers_that_make_room_at_the_same_time_do_not_trip_over_each_other(
