@@ -104,11 +104,11 @@ class BaseCache:
                 return
             log.warning("%s in the base cache is damaged; it is fetched again", path)
         # Beside the base: who gave up waiting for this left it to go on, and others use the folder meanwhile.
-        incoming = path.parent.with_suffix(INCOMING)
-        incoming.mkdir(mode=0o700, exist_ok=True)
-        fetched = incoming / uuid.uuid4().hex
+        fetched = path.parent.with_suffix(INCOMING) / uuid.uuid4().hex / path.name
+        fetched.parent.mkdir(mode=0o700, parents=True)
         self._store.fetch(file.key, fetched, sha256=file.sha256, size=file.size)
         fetched.replace(path)
+        fetched.parent.rmdir()
 
     def _stamps_path(self, digest: str) -> Path:
         return self._root / f"{digest}.json"
