@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from lora_core import distributed
 from lora_core.adapter import save_adapter
-from lora_core.checkpoint import Fingerprint, differences
+from lora_core.checkpoint import DOCUMENT_FILE, Fingerprint, differences
 from lora_core.data import tokenize_rows
 from lora_core.digest import folder_digest
 from lora_core.dpo import DPO, tokenize_preferences
@@ -155,8 +155,8 @@ def _keep(folder: Path, state: TrainState, fingerprint: Fingerprint) -> None:
 
 def _steps(folder: Path | None) -> list[Path]:
     """The checkpoints in `folder`, the newest last."""
-    found = [path for path in folder.iterdir() if path.name.isdecimal()] if folder and folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name))
+    found = [path.parent for path in folder.glob(f"*/{DOCUMENT_FILE}")] if folder else []
+    return sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
 def _tell(report: StepReport) -> None:

@@ -41,7 +41,7 @@ class BaseCache:
         with (self._root / f"{digest}.use").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             yield
-        with suppress(FileNotFoundError):  # others fetch and remove beside us; the next one makes room
+        with suppress(OSError):  # others fetch and remove beside us; the next one makes room
             self._evict()
 
     def ensure(

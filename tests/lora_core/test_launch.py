@@ -2,10 +2,8 @@
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +27,7 @@ from lora_core.launch import main, run
 from lora_core.model import load_base
 from lora_core.sharding import base_bytes, shard_base
 from lora_core.train import TrainConfig, train
+from tests.ports import free_port
 from tests.tiny import make_rows, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -109,18 +108,6 @@ def train_on(base: Path, rows: int, held_out: int) -> None:
     model, tokenizer = adapted(base)
     examples, others = (tokenize_rows(tokenizer, make_rows(count), 100).examples for count in (rows, held_out))
     train(model, examples, TrainConfig(), eval_examples=others)
-
-
-def free_port() -> int:
-    """Below those that systems give to others who ask for any."""
-    while True:
-        port = random.randint(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 def on_two_machines(log: Path, *arguments: object) -> list[int]:
@@ -217,11 +204,14 @@ def test_one_process_may_go_on_with_what_two_began(
 ) -> None:
     """And with less memory."""
     shutil.copytree(folder / "saved" / "2", tmp_path / "saved")
+    somebodys = tmp_path / "saved" / "2026"
+    somebodys.mkdir()
     smaller = ("--checkpoints", str(tmp_path / "saved"), "--train", "tokens_per_batch=48")
     run(arguments(llama, rows, tmp_path / "out", *smaller))
     assert_close(factors(tmp_path / "out"), factors(alone[0]))
     changed = "processes 2 → 1; sharding full → none; tokens_per_batch 96 → 48"
     assert f"goes on after step 2, with other bits: {changed}\n" in capsys.readouterr().out
+    assert somebodys.is_dir()
 
 
 def test_peft_says_what_we_say_with_the_adapter(folder: Path, llama: Path) -> None:
