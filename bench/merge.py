@@ -1,9 +1,10 @@
 """Merging an adapter into its base: `lora_core.merge` against PEFT and against `cp -r`, in time and memory.
 
 Every side is a whole process that ends with a complete checkpoint folder on the same disk, the base in the page cache.
-The folder a side wrote before is removed first: all write fresh files (ours reserves their blocks at once), and nobody
-waits for the disk. Ours also measures what rounding did to a part of every tensor. It hashes nothing, like the others;
-what `digests=True` adds, for a merge that is stored or compared, is a row of its own."""
+The folder a side wrote before is removed first, and what the other side wrote is brought to the disk: all write fresh
+files (ours reserves their blocks at once), and nobody waits for the disk. Ours also measures what rounding did to a part
+of every tensor. It hashes nothing, like the others; what `digests=True` adds, for a merge that is stored or compared, is
+a row of its own."""
 
 import argparse
 import os
@@ -76,7 +77,6 @@ def compare(folder: Path, options: argparse.Namespace) -> list[Row]:
     base = write_base(folder / "base", layers=options.layers, vocab=32_000)
     adapter = write_adapter(folder / "lora", layers=options.layers)
     make_tokenizer(base)
-    os.sync()  # nobody else's bytes are written while ours are
     ours, peft = Process(OURS, base, adapter, folder / "ours"), Process(PEFT, base, adapter, folder / "peft")
     against_copy = paired(ours.run, lambda: copy(base, folder / "copy"), rounds=options.rounds)
     ours.forget()
@@ -122,7 +122,6 @@ def growth(folder: Path, layer_counts: Sequence[int]) -> list[Row]:
             write_base(folder / "base", layers=layers, vocab=2048),
             write_adapter(folder / "lora", layers=layers),
         )
-        os.sync()  # nobody else's bytes are written while ours are
         process = Process(OURS, base, adapter, folder / "out")
         seconds = [process.run() for _ in range(3)]
         gigabytes.append(sum(path.stat().st_size for path in base.iterdir()) / 1e9)
@@ -182,7 +181,7 @@ class Process:
 
     def run(self) -> float:
         """Seconds of wall clock; processor seconds and peak MiB are noted."""
-        shutil.rmtree(self._out, ignore_errors=True)
+        clear(self._out)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds, peak = timed_process(self._argv)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -193,10 +192,16 @@ class Process:
 
 def copy(base: Path, out: Path) -> float:
     """Seconds of `cp -r`."""
-    shutil.rmtree(out, ignore_errors=True)
+    clear(out)
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", str(base), str(out)], check=True)
     return time.perf_counter() - begin
+
+
+def clear(out: Path) -> None:
+    """Nothing is there, and no bytes of an earlier run are still to be written."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
 
 
 if __name__ == "__main__":
