@@ -2,9 +2,9 @@
 
 Every side is a whole process that ends with a complete checkpoint folder on the same disk, the base in the page cache.
 The folder a side wrote before is removed first, and what the other side wrote is brought to the disk: all write fresh
-files (ours reserves their blocks at once), and nobody waits for the disk. Ours also measures what rounding did to a part
-of every tensor. It hashes nothing, like the others; what `digests=True` adds, for a merge that is stored or compared, is
-a row of its own."""
+files (ours reserves their blocks at once), and nobody waits for the disk. Ours also measures what rounding did to a
+part of every tensor. It hashes nothing, like the others; what `digests=True` adds, for a merge that is stored or
+compared, is a row of its own."""
 
 import argparse
 import os
