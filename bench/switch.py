@@ -98,7 +98,7 @@ def in_memory(model: Any, theirs: Any, adapters: list[Path], options: argparse.N
         wrapped.set_adapter(next(others))
 
     use: Action = lambda: live.use(next(names))  # noqa: E731  beside its peers
-    merge: Action = lambda: live.merge(next(names))  # noqa: E731
+    merge: Action = lambda: live.merge(next(names))  # noqa: E731  beside its peers
     rows = [compare("switch, both in memory, vs PEFT set_adapter", use, set_the_next, options.rounds, 100)]
     wrapped.merge_adapter()
     rows.append(

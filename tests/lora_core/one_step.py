@@ -17,16 +17,18 @@ LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 LABELLED = 0.4
 
 
+def example(length: int) -> Example:
+    """A row whose last tokens are labelled."""
+    ids = torch.arange(3, 3 + length, dtype=torch.int32).numpy()
+    labels = ids.copy()
+    labels[: round((1 - LABELLED) * length)] = -100
+    return Example(ids, labels)
+
+
 def take_step(base: Path, lengths: list[int], config: TrainConfig) -> None:
     model, _ = load_base(base, "float32", device="cpu")
     inject(model, LORA, seed=0)
-    examples = []
-    for length in lengths:
-        ids = torch.arange(3, 3 + length, dtype=torch.int32).numpy()
-        labels = ids.copy()
-        labels[: round((1 - LABELLED) * length)] = -100
-        examples.append(Example(ids, labels))
-    train(model, examples, config)
+    train(model, [example(length) for length in lengths], config)
 
 
 def most_held() -> int:

@@ -12,16 +12,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lora_core.config import LoraConfig
-from lora_core.data import Example
 from lora_core.inject import inject
 from lora_core.memory import plan_memory
 from lora_core.model import load_base
 from lora_core.train import TrainConfig, train
 from lora_core.trainable import trained_parameters
+from tests.lora_core.one_step import LABELLED, example
 from tests.tiny import make_base
 
 LENGTHS = (250, 200, 150)
-LABELLED = 0.4
 LORA = LoraConfig(r=8, lora_alpha=16)
 
 
@@ -34,12 +33,7 @@ def measured(base: Path, config: TrainConfig) -> int:
     """The most that a run's first step had allocated at once."""
     model, _ = load_base(base, "float32", device="cpu")
     inject(model, LORA, seed=0)
-    examples = []
-    for length in LENGTHS:
-        ids = torch.arange(3, 3 + length, dtype=torch.int32).numpy()
-        labels = ids.copy()
-        labels[: round((1 - LABELLED) * length)] = -100
-        examples.append(Example(ids, labels))
+    examples = [example(length) for length in LENGTHS]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         train(model, examples, config)
     now = peak = 0
